@@ -1,0 +1,345 @@
+"""Chat templates, rendered in a killable worker process.
+
+A template comes from the model folder only, never from a request, but a downloaded folder is not trusted
+either. Jinja's sandbox stops reads of attributes and nothing else: `{{ "a" * 500000000 }}` is legal in it. So
+templates run in a child process whose wall time, memory and output are bounded; nothing in the server waits
+longer than `Bounds.seconds` (plus the child's start at the first render), and a child that breaks a bound is
+killed and replaced.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError
+from jaxinfer.validation import check_text, shown
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles a message may have: free text here would let a client write the template's own markers."""
+MESSAGE_KEYS = ("role", "content", "name")
+MAX_MESSAGES = 4096
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_NAME_BYTES = 256
+MAX_SOURCE_BYTES = 256 * 1024
+"""Templates in the wild are at most about 20 kB."""
+START_SECONDS = 30.0
+"""For a child to import jinja2 and compile the template; about 0.15 s on an idle machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one render may cost: wall seconds, bytes of UTF-8 output, bytes of the child's address space."""
+
+    seconds: float = 2.0
+    output_bytes: int = 16 * 1024 * 1024
+    memory_bytes: int = 384 * 1024 * 1024
+
+
+class ChatTemplate:
+    """A model's chat template. Thread-safe: renders take turns, each about a millisecond.
+
+    source: jinja text. special_tokens: "bos_token" and so on, variables of the template. options: further
+    variables, fixed by whoever starts the model (`enable_thinking`), never by a request. The child starts
+    with the first render or `start()` and ends with `close()` or with this process.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None,
+                 options: Mapping[str, Any] | None = None, bounds: Bounds = Bounds()):
+        if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
+            raise ModelFormatError(f"the chat template is over {MAX_SOURCE_BYTES} bytes")
+        path = [str(Path(__file__).parents[1]), *(str(Path(entry).absolute()) for entry in sys.path)]
+        self._setup = {"source": source, "bounds": asdict(bounds), "path": path,
+                       "variables": {**(special_tokens or {}), **(options or {})}}
+        self._bounds = bounds
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def start(self) -> None:
+        """Starts the child and compiles the template. Raises ModelFormatError if it does not compile."""
+        with self._lock:
+            self._running()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text of a conversation.
+
+        Raises InvalidRequest for bad messages, for what the template itself refuses, and for a broken bound;
+        ModelFormatError when the template does not compile or leaves the sandbox.
+        """
+        job = {"messages": checked_messages(messages), "add_generation_prompt": bool(add_generation_prompt)}
+        with self._lock:
+            reply = self._running().ask(job, self._bounds.seconds)
+            if reply is None:
+                self._stop()
+        if reply is None:
+            raise InvalidRequest("messages", f"the chat template broke its limits ({self._bounds.seconds:g} s, "
+                                 f"{self._bounds.memory_bytes} bytes of memory); send fewer or shorter messages")
+        return _text_of(reply)
+
+    def close(self) -> None:
+        """Ends the child. A later render starts a new one."""
+        with self._lock:
+            self._stop()
+
+    def _running(self) -> "_Child":
+        if self._child is not None and not self._child.alive:
+            self._stop()
+        if self._child is None:
+            child = _Child()
+            reply = child.ask(self._setup, START_SECONDS)
+            if reply is None or "ready" not in reply:
+                child.kill()
+                _text_of(reply or {"kind": "format", "problem": "broke its limits while compiling"})
+            self._child = child
+        return self._child
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
+class _Child:
+    """The worker process: one JSON line in, one JSON line out, at most one at a time."""
+
+    def __init__(self):
+        # The child sees an import path and the template, and only ever answers with a line of JSON.
+        self._process = subprocess.Popen(  # noqa: S603 (fixed program, our own interpreter)
+            [sys.executable, "-I", "-c", CHILD_PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
+        self._condemned = False
+        self.kill = weakref.finalize(self, _end, self._process)
+        """Ends the process; runs by itself when nobody holds the child any more, and at exit."""
+
+    @property
+    def alive(self) -> bool:
+        return not self._condemned and self._process.poll() is None
+
+    def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The reply, or None when the child died or was killed for taking longer than `seconds`."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            return None
+        # Ending the child is what ends the blocking calls below, so nothing else needs a time limit.
+        timer = threading.Timer(seconds, self._condemn)
+        timer.daemon = True
+        timer.start()
+        try:
+            stdin.write(json.dumps(job).encode() + b"\n")
+            stdin.flush()
+            line = stdout.readline()
+        except OSError:
+            line = b""
+        except BaseException:
+            # Ctrl-C here must not leave a reply in the pipe: the next request would read it as its own.
+            self._condemn()
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def _condemn(self) -> None:
+        self._condemned = True  # poll() sees the end only a moment after kill()
+        self._process.kill()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        try:
+            if stream is not None:
+                stream.close()
+        except OSError:
+            continue  # unwritten bytes of a dead child
+    process.wait()
+
+
+def checked_messages(messages: Any) -> list[dict[str, str]]:
+    """Messages as role, content and perhaps name, all strings. Raises InvalidRequest naming the message."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InvalidRequest("messages", f"must be a list with at least one message, got {shown(messages)}")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest("messages", f"has {len(messages)} messages; the limit is {MAX_MESSAGES}")
+    found = [_checked_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    size = sum(len(message["content"].encode()) for message in found)
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequest("messages", f"hold {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    return found
+
+
+def _checked_message(field: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(field, f"must be an object with role and content, got {shown(message)}")
+    for key in message:
+        if key not in MESSAGE_KEYS:
+            raise InvalidRequest(field, f"has an unknown key {shown(key)}; known are {', '.join(MESSAGE_KEYS)}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(f"{field}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
+    found = {"role": role, "content": _content(f"{field}.content", message.get("content"))}
+    if message.get("name") is not None:
+        check_text(f"{field}.name", message["name"], max_bytes=MAX_NAME_BYTES)
+        found["name"] = message["name"]
+    return found
+
+
+def _content(field: str, content: Any) -> str:
+    """Text, or text parts joined by new lines (as vLLM does for templates that take plain strings)."""
+    if not isinstance(content, (list, tuple)):
+        check_text(field, content)
+        return content
+    if len(content) > MAX_MESSAGES:
+        raise InvalidRequest(field, f"has {len(content)} parts; the limit is {MAX_MESSAGES}")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise InvalidRequest(f"{field}[{i}]", f"must be a part of type 'text', got {shown(part)}; "
+                                 "only text is supported")
+        check_text(f"{field}[{i}].text", part.get("text"))
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _text_of(reply: Mapping[str, Any]) -> str:
+    """The text of a reply, or the error that it stands for."""
+    if "text" in reply:
+        return reply["text"]
+    kinds: dict[str, Callable[[str], JaxInferError]] = {
+        "refused": lambda problem: InvalidRequest("messages", f"the chat template refuses them: {problem}"),
+        "failed": lambda problem: InvalidRequest("messages", f"the chat template failed on them: {problem}"),
+        "format": lambda problem: ModelFormatError(f"the chat template {problem}"),
+    }
+    raise kinds[reply["kind"]](reply["problem"])
+
+
+# --- Everything below runs in the child. ---
+
+CHILD_PROGRAM = """
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which may still be draining
+setup = json.loads(sys.stdin.buffer.readline())
+sys.path[:] = setup["path"]
+from jaxinfer.chat_template import serve_renders
+serve_renders(setup, sys.stdin.buffer, sys.stdout.buffer)
+"""
+
+MAX_PROBLEM_CHARS = 300
+
+
+class _Refused(Exception):
+    """The template called raise_exception."""
+
+
+def serve_renders(setup: dict[str, Any], requests: IO[bytes], replies: IO[bytes]) -> None:
+    """The child's loop: compiles the template, then answers render jobs until its input ends."""
+    bounds = Bounds(**setup["bounds"])
+    template: list[Any] = []
+
+    def compile_it() -> dict[str, Any]:
+        template.append(_environment().from_string(setup["source"]))
+        return {"ready": True}
+
+    def render(line: bytes) -> dict[str, Any]:
+        variables = {"tools": None, "documents": None, **setup["variables"], **json.loads(line)}
+        return {"text": _bounded_text(template[0].generate(variables), bounds.output_bytes)}
+
+    _limit_memory(bounds.memory_bytes)
+    _send(replies, _guarded(compile_it, bounds.seconds))
+    for line in requests:
+        _send(replies, _guarded(partial(render, line), bounds.seconds))
+
+
+def _guarded(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Runs `work` with every failure as a reply, and ends the process if it takes too long."""
+    from jinja2.exceptions import SecurityError, TemplateSyntaxError
+
+    # The alarm's default action ends the process even inside C code. For a render the parent's timer does the
+    # same; the alarm bounds compiling apart from the start, and a child whose parent has died.
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return work()
+    except _Refused as error:
+        return _problem("refused", str(error))
+    except (SecurityError, TemplateSyntaxError) as error:
+        return _problem("format", f"is not allowed or not valid: {error}")
+    except (MemoryError, RecursionError) as error:
+        return _problem("failed", f"it needs too much memory or recursion ({type(error).__name__})")
+    except Exception as error:
+        return _problem("failed", f"{type(error).__name__}: {error}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _problem(kind: str, problem: str) -> dict[str, Any]:
+    return {"kind": kind, "problem": problem[:MAX_PROBLEM_CHARS]}
+
+
+def _send(replies: IO[bytes], reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply).encode() + b"\n")
+    replies.flush()
+
+
+def _limit_memory(num_bytes: int) -> None:
+    import resource
+
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    except (OSError, ValueError):
+        return  # macOS knows no such limit: there time and output are bounded, memory only through them
+
+
+def _bounded_text(pieces: Any, limit: int) -> str:
+    """Joins what a template yields; raises ValueError once it is more than `limit` bytes of UTF-8."""
+    found, size = [], 0
+    for piece in pieces:
+        size += len(piece.encode())
+        if size > limit:
+            raise ValueError(f"its output is over {limit} bytes")
+        found.append(piece)
+    return "".join(found)
+
+
+def _environment() -> Any:
+    """Jinja as Hugging Face's templates expect it."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks an assistant's words for training; here it only passes them through."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    # Jinja's own tojson escapes for HTML, which models were not trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise _Refused(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

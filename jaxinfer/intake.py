@@ -1,0 +1,150 @@
+"""Text, messages or token ids to a frozen, validated Request: the one way into the engine."""
+
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxinfer import validation
+from jaxinfer.chat_template import ChatTemplate
+from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
+from jaxinfer.tokenizer import Tokenizer, read_json
+from jaxinfer.types import MAX_STOP_IDS, Request, SamplingParams
+from jaxinfer.validation import Limits
+
+SAMPLING_KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+                 "max_new_tokens": "max_tokens"}
+"""generation_config.json's names and ours: the ones that vLLM takes (do_sample, for one, it ignores)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a model's generation_config.json wishes for.
+
+    sampling: used when a caller gives no SamplingParams, and under the fields a client leaves out.
+    eos_token_ids: ids that end a sequence.
+    """
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "GenerationDefaults":
+        """Reads generation_config.json, and config.json for the end-of-sequence ids if that is silent.
+
+        Raises ModelFormatError.
+        """
+        generation, config = (read_json(Path(folder) / name) for name in ("generation_config.json", "config.json"))
+        return cls.from_config({"eos_token_id": config.get("eos_token_id")} | generation)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "GenerationDefaults":
+        """From the contents of a generation_config.json. Raises ModelFormatError."""
+        fields = {ours: config[theirs] for theirs, ours in SAMPLING_KEYS.items() if config.get(theirs) is not None}
+        defaults = cls(replace(SamplingParams(), **fields), _eos_ids(config.get("eos_token_id")))
+        _check_defaults(defaults)
+        return defaults
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for the engine: its ids, and its text if it came as text or messages."""
+
+    ids: tuple[int, ...]
+    text: str | None = None
+
+
+class Intake:
+    """Makes Requests. Thread-safe; holds no state of any request.
+
+    limits: what model and engine take; its eos_token_ids and has_tokenizer are set here. seeds: where the
+    seeds of unseeded requests come from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, limits: Limits, defaults: GenerationDefaults | None = None, *,
+                 chat_template: ChatTemplate | None = None, seeds: random.Random | None = None):
+        self.tokenizer = tokenizer
+        self.defaults = defaults or GenerationDefaults()
+        self.limits = replace(limits, has_tokenizer=tokenizer is not None,
+                              eos_token_ids=self.defaults.eos_token_ids or limits.eos_token_ids)
+        self.chat_template = chat_template
+        self._seeds = seeds or random.Random()  # noqa: S311 (noise for sampling, no secret)
+        if any(not 0 <= id < limits.vocab_size for id in self.limits.eos_token_ids):
+            raise ModelFormatError(f"eos_token_id {list(self.limits.eos_token_ids)} is not in the vocabulary, "
+                                   f"[0, {limits.vocab_size})")
+
+    def request(self, prompt: Any, params: SamplingParams | None = None, *, request_id: str | None = None,
+                priority: int = 0, cache_salt: str = "", seeds: random.Random | None = None) -> Request:
+        """A validated Request from text, token ids, chat messages or a Prompt.
+
+        params: None takes the model's own defaults, with as many tokens as fit. seeds: overrides the
+        constructor's generator, so that a batch's seeds can follow from one number.
+
+        Raises InvalidRequest or TokenizerMissing.
+        """
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        validation.check_envelope(request_id, priority, cache_salt)
+        ids = self.read(prompt).ids
+        params = self._default_params(len(ids)) if params is None else params
+        validation.validate(ids, params, self.limits)
+        params = validation.normalise(params)
+        return Request(
+            id=request_id,
+            prompt=ids,
+            params=params,
+            max_tokens=validation.room_for_output(len(ids), params, self.limits),
+            seed=(seeds or self._seeds).getrandbits(63) if params.seed is None else params.seed,
+            stop_ids=validation.stop_ids(params, self.limits),
+            priority=int(priority),
+            arrival=time.monotonic(),
+            cache_salt=cache_salt,
+        )
+
+    def read(self, prompt: Any) -> Prompt:
+        """Any form of prompt as ids and, where there is one, text."""
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, add_special_tokens=True)
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+            return self.chat(prompt)
+        return Prompt(validation.checked_prompt(prompt, self.limits))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Prompt:
+        """Messages through the model's chat template. Raises InvalidRequest or TokenizerMissing."""
+        if self.chat_template is None:
+            raise TokenizerMissing("the model folder has no chat template; send a prompt instead of messages")
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        # The template writes the special tokens itself; adding them again would double the first one.
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _default_params(self, num_prompt_tokens: int) -> SamplingParams:
+        # Nobody asked for this length, so it shrinks to what is left; one that a caller gave is refused instead.
+        sampling, left = self.defaults.sampling, self.limits.max_tokens - num_prompt_tokens
+        return sampling if sampling.max_tokens is None else replace(sampling, max_tokens=min(sampling.max_tokens, left))
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> Prompt:
+        if self.tokenizer is None:
+            raise TokenizerMissing("the model folder has no tokenizer; send token ids instead of text")
+        self.tokenizer.check_prompt_bytes(text, self.limits.max_tokens)
+        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)), text)
+
+
+def _check_defaults(defaults: GenerationDefaults) -> None:
+    unlimited = Limits(vocab_size=2**31, max_model_len=2**31, eos_token_ids=defaults.eos_token_ids)
+    try:
+        validation.validate([0], defaults.sampling, unlimited)
+    except InvalidRequest as error:
+        raise ModelFormatError(f"generation_config.json: {error}") from error
+
+
+def _eos_ids(value: Any) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(id, bool) or not isinstance(id, int) for id in ids) or len(ids) > MAX_STOP_IDS:
+        raise ModelFormatError(f"eos_token_id must be an id or a list of at most {MAX_STOP_IDS}, "
+                               f"got {validation.shown(value)}")
+    return tuple(dict.fromkeys(ids))
+

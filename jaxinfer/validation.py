@@ -1,0 +1,274 @@
+"""The one validator of requests, for gRPC, HTTP, offline and batch alike.
+
+Whatever a client sends, `validate` either returns or raises InvalidRequest: ranges are closed, types are
+strict (no string for a number, no bool for an int), and nothing is clipped or truncated silently.
+"""
+
+import contextlib
+import dataclasses
+import numbers
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.errors import InvalidRequest
+from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+
+MAX_SAMPLES = 16
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+"""A stop string is searched for every generated character, so its length bounds the text held back."""
+MAX_NAME_BYTES = 256
+"""Request ids and cache salts are kept and hashed per request; unbounded ones cost memory."""
+MAX_TEMPERATURE = 2.0
+INT32 = (-(2**31), 2**31 - 1)
+INT64 = (-(2**63), 2**63 - 1)
+SHOWN_CHARS = 60
+_SHORT = reprlib.Repr(maxlevel=3, maxstring=SHOWN_CHARS, maxother=SHOWN_CHARS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a model and an engine can take; token counts, all inclusive.
+
+    vocab_size: V, ids lie in [0, V). max_model_len: longest prompt + output. max_kv_tokens: tokens the whole
+    page pool holds, None when it is known to hold max_model_len. eos_token_ids: end-of-sequence ids of the
+    model; they share MAX_STOP_IDS with a request's own. has_tokenizer: text can be made from ids.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_kv_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    has_tokenizer: bool = True
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt + output that can run at all."""
+        return min(self.max_model_len, self.max_kv_tokens or self.max_model_len)
+
+
+def validate(prompt: Any, params: Any, limits: Limits) -> None:
+    """Checks prompt ids and sampling parameters together. Raises InvalidRequest, and nothing else."""
+    ids = checked_prompt(prompt, limits)
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest("params", f"must be SamplingParams, got {shown(params)}")
+    _check_sampling(params, limits)
+    _check_flags(params)
+    _check_lengths(len(ids), params, limits)
+    _check_stop_strings(params, limits)
+    _check_stop_ids(params, limits)
+    for name in ("logprobs", "prompt_logprobs"):
+        _optional_int(name, getattr(params, name), 0, MAX_LOGPROBS)
+
+
+def checked_prompt(prompt: Any, limits: Limits) -> tuple[int, ...]:
+    """The prompt as plain ints. Takes a list, a tuple or a one-dimensional integer array."""
+    ids = _plain_ids("prompt", prompt)
+    if not ids:
+        raise InvalidRequest("prompt", "is empty; give at least one token")
+    _check_id_range("prompt", ids, limits.vocab_size)
+    if len(ids) >= limits.max_tokens:
+        raise InvalidRequest("prompt", f"has {len(ids)} tokens; with at least one token of output the limit is "
+                             f"{limits.max_tokens - 1} ({_length_rule(limits)}); shorten the prompt")
+    return ids
+
+
+def room_for_output(num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> int:
+    """Most tokens the request may generate: its max_tokens, or all that is left of the model's length."""
+    left = limits.max_tokens - num_prompt_tokens
+    return left if params.max_tokens is None else int(params.max_tokens)
+
+
+def stop_ids(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
+    """Every id that ends a row, without repeats: end-of-sequence (unless ignored), then the request's own."""
+    eos = () if params.ignore_eos else limits.eos_token_ids
+    return tuple(dict.fromkeys((*eos, *_own_stop_ids(params))))
+
+
+def stop_strings(params: SamplingParams) -> tuple[str, ...]:
+    """`stop` as a tuple, whichever of its forms was given."""
+    return (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+
+
+def _own_stop_ids(params: SamplingParams) -> tuple[int, ...]:
+    return () if params.stop_token_ids is None else tuple(map(int, params.stop_token_ids))
+
+
+def resolve(fields: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
+    """SamplingParams from the fields a client really sent; `defaults` (the model's) fill the others.
+
+    A front that knows which fields were present (proto3 optional, JSON keys) calls this; SamplingParams built
+    by a caller are never merged with anything, as in vLLM. Raises InvalidRequest on an unknown field.
+    """
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    for name in fields:
+        if name not in known:
+            raise InvalidRequest(shown(name) if not isinstance(name, str) else name[:SHOWN_CHARS],
+                                 f"is not a sampling parameter; there are {', '.join(sorted(known))}")
+    return dataclasses.replace(defaults, **fields)
+
+
+def normalise(params: SamplingParams) -> SamplingParams:
+    """Validated parameters as plain Python values (no numpy scalars, tuples for lists): hashable, serialisable."""
+    changes: dict[str, Any] = {name: float(getattr(params, name)) for name in ("temperature", "top_p", "min_p")}
+    for name in ("n", "top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        changes[name] = None if value is None else int(value)
+    changes["stop"] = stop_strings(params) or None
+    changes["stop_token_ids"] = _own_stop_ids(params) or None
+    return dataclasses.replace(params, **changes)
+
+
+def check_envelope(request_id: Any, priority: Any, cache_salt: Any) -> None:
+    """What travels beside prompt and parameters: an id, a priority (int32) and a salt, both at most 256 bytes."""
+    check_text("request_id", request_id, max_bytes=MAX_NAME_BYTES)
+    if not request_id:
+        raise InvalidRequest("request_id", "is empty; leave it out or give a name")
+    _int("priority", priority, *INT32)
+    check_text("cache_salt", cache_salt, max_bytes=MAX_NAME_BYTES)
+
+
+def check_text(field: str, value: Any, *, max_bytes: int | None = None) -> None:
+    """A str that is proper Unicode (no lone surrogates) and at most `max_bytes` of UTF-8."""
+    if not isinstance(value, str):
+        raise InvalidRequest(field, f"must be a string, got {shown(value)}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(field, f"has a lone surrogate at character {error.start}, which is not text; "
+                             "send well-formed Unicode") from None
+    if max_bytes is not None and size > max_bytes:
+        raise InvalidRequest(field, f"is {size} bytes of UTF-8; the limit is {max_bytes}")
+
+
+def shown(value: Any) -> str:
+    """A short, always printable form of a refused value, with its type unless that is obvious.
+
+    Huge ints and broken reprs do not raise.
+    """
+    try:
+        text = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    except Exception:  # a hostile or enormous object must not turn a refusal into a crash
+        text = "a value that cannot be printed"
+    return text[:SHOWN_CHARS] if type(value) in (int, float) else f"{text[:SHOWN_CHARS]} ({type(value).__name__})"
+
+
+def _check_sampling(params: SamplingParams, limits: Limits) -> None:
+    _int("n", params.n, 1, MAX_SAMPLES)
+    _float("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    _float("top_p", params.top_p, 0.0, 1.0)
+    if not params.top_p > 0:
+        raise InvalidRequest("top_p", "must be in (0, 1], got 0; use temperature=0 for greedy sampling")
+    _int("top_k", params.top_k, -1, limits.vocab_size, hint="0 or -1 switches it off")
+    _float("min_p", params.min_p, 0.0, 1.0)
+    _optional_int("seed", params.seed, *INT64)
+
+
+def _check_flags(params: SamplingParams) -> None:
+    for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+        value = getattr(params, name)
+        if not isinstance(value, bool):
+            raise InvalidRequest(name, f"must be true or false, got {shown(value)}")
+
+
+def _check_lengths(num_prompt: int, params: SamplingParams, limits: Limits) -> None:
+    left = limits.max_tokens - num_prompt
+    if params.max_tokens is not None:
+        _int("max_tokens", params.max_tokens, 1, None)
+        if params.max_tokens > left:
+            raise InvalidRequest("max_tokens", f"{shown(params.max_tokens)} does not fit: the prompt has {num_prompt} "
+                                 f"tokens and {_length_rule(limits)}; use at most {left}, or leave it open (None)")
+    _int("min_tokens", params.min_tokens, 0, room_for_output(num_prompt, params, limits),
+         hint="it cannot exceed the tokens that may be generated")
+
+
+def _check_stop_strings(params: SamplingParams, limits: Limits) -> None:
+    if params.stop is None:
+        return
+    if not isinstance(params.stop, (str, list, tuple)):
+        raise InvalidRequest("stop", f"must be a string or a list of strings, got {shown(params.stop)}")
+    stops = stop_strings(params)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest("stop", f"has {len(stops)} strings; the limit is {MAX_STOPS}")
+    for stop in stops:
+        check_text("stop", stop, max_bytes=MAX_STOP_BYTES)
+        if not stop:
+            raise InvalidRequest("stop", "holds an empty string, which would stop at once; leave it out")
+    if stops and not params.detokenize:
+        raise InvalidRequest("stop", "needs text, but detokenize is False; set detokenize=True or use stop_token_ids")
+    if stops and not limits.has_tokenizer:
+        raise InvalidRequest("stop", "needs text, but the model folder has no tokenizer; use stop_token_ids")
+
+
+def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
+    if params.stop_token_ids is None:
+        return
+    ids = _plain_ids("stop_token_ids", params.stop_token_ids)
+    _check_id_range("stop_token_ids", ids, limits.vocab_size)
+    count = len(stop_ids(params, limits))
+    if count > MAX_STOP_IDS:
+        raise InvalidRequest("stop_token_ids", f"with the model's end-of-sequence ids there are {count} stop ids; "
+                             f"the limit is {MAX_STOP_IDS}; give fewer")
+
+
+def _plain_ids(field: str, value: Any) -> tuple[int, ...]:
+    """Ids as a tuple of int. The common case (all exact ints) costs one pass in C."""
+    if not isinstance(value, (list, tuple)):
+        value = _array_items(field, value)
+    if set(map(type, value)) <= {int}:
+        return tuple(value)
+    for position, item in enumerate(value):
+        if not _is_int(item):
+            raise InvalidRequest(field, f"token ids are integers, got {shown(item)} at position {position}")
+    return tuple(map(int, value))
+
+
+def _array_items(field: str, value: Any) -> list[Any]:
+    # Duck-typed, so that numpy arrays pass without this module importing numpy.
+    with contextlib.suppress(Exception):  # not an array: a stranger's attributes may raise anything
+        if value.dtype.kind in ("i", "u") and value.ndim == 1:
+            return value.tolist()
+    raise InvalidRequest(field, f"must be a list of token ids, got {shown(value)}")
+
+
+def _check_id_range(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for bad in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= bad < vocab_size:
+            raise InvalidRequest(field, f"token id {shown(bad)} is not in the vocabulary, [0, {vocab_size})")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_float(value: Any) -> bool:
+    # numpy's floats are registered as Real; Fraction is Real too, but nobody means to send one.
+    return _is_int(value) or (isinstance(value, numbers.Real) and not isinstance(value, (bool, numbers.Rational)))
+
+
+def _int(field: str, value: Any, low: int, high: int | None, hint: str = "") -> None:
+    if not _is_int(value):
+        raise InvalidRequest(field, f"must be an integer, got {shown(value)}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise InvalidRequest(field, f"must be {wanted}, got {shown(value)}" + (f"; {hint}" if hint else ""))
+
+
+def _optional_int(field: str, value: Any, low: int, high: int) -> None:
+    if value is not None:
+        _int(field, value, low, high)
+
+
+def _float(field: str, value: Any, low: float, high: float) -> None:
+    if not _is_float(value):
+        raise InvalidRequest(field, f"must be a number, got {shown(value)}")
+    if not low <= value <= high:  # NaN fails every comparison, so it lands here too
+        raise InvalidRequest(field, f"must be a finite number in [{low:g}, {high:g}], got {shown(value)}")
+
+
+def _length_rule(limits: Limits) -> str:
+    if limits.max_tokens < limits.max_model_len:
+        return f"the page pool holds {limits.max_tokens} tokens"
+    return f"max_model_len is {limits.max_model_len}"
