@@ -1,0 +1,86 @@
+"""Choosing an implementation of an operation: explicit, ordered and loud.
+
+An operation has an ordered tuple of implementations. Each says, for a description of the call (the operation's frozen
+`spec`), every reason why it cannot serve it. Nothing is cached or global: the same spec gives the same choice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+
+class Candidate(Protocol):
+    """What choosing needs to know of an implementation."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def automatic(self) -> bool:
+        """False for implementations that only a caller who names them gets (the slow reference)."""
+        ...
+
+    @property
+    def unsupported_reasons(self) -> Callable[[Any], list[str]]:
+        """Every reason why a call described by the operation's spec cannot be served; empty when it can."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of `explain`: an implementation, whether it is the choice, and why not if it cannot serve."""
+
+    implementation: str
+    chosen: bool
+    reasons: tuple[str, ...]
+
+
+class Unsupported(Exception):
+    """No implementation (or not the named one) can serve a call. `reasons` maps each name to all of its reasons."""
+
+    def __init__(self, operation: str, reasons: Mapping[str, Sequence[str]]):
+        self.operation = operation
+        self.reasons = {name: tuple(why) for name, why in reasons.items()}
+        lines = [f"  {name}: {'; '.join(why) or 'only by name'}" for name, why in self.reasons.items()]
+        super().__init__("\n".join([f"{operation}: no implementation can serve this call", *lines]))
+
+
+def choose[Implementation: Candidate](
+    operation: str, candidates: Sequence[Implementation], spec: Any, implementation: str | None = None
+) -> Implementation:
+    """The named implementation, or the first automatic one that supports `spec`.
+
+    Raises:
+      ValueError: `implementation` is no candidate's name.
+      Unsupported: the named one, or every automatic one, has reasons against the call.
+    """
+    if implementation is not None:
+        by_name = {candidate.name: candidate for candidate in candidates}
+        if implementation not in by_name:
+            raise ValueError(f"{operation}: implementation {implementation!r} is not one of {sorted(by_name)}")
+        considered = [by_name[implementation]]
+    else:
+        considered = [candidate for candidate in candidates if candidate.automatic]
+    reasons = {}
+    for candidate in considered:
+        reasons[candidate.name] = candidate.unsupported_reasons(spec)
+        if not reasons[candidate.name]:
+            return candidate
+    raise Unsupported(operation, reasons)
+
+
+def explain(candidates: Sequence[Candidate], spec: Any) -> tuple[Verdict, ...]:
+    """What `choose(..., implementation=None)` would do with `spec` and why, one line an implementation."""
+    verdicts: list[Verdict] = []
+    for candidate in candidates:
+        reasons = tuple(candidate.unsupported_reasons(spec))
+        chosen = candidate.automatic and not reasons and not any(verdict.chosen for verdict in verdicts)
+        verdicts.append(Verdict(candidate.name, chosen, reasons or (() if candidate.automatic else ("only by name",))))
+    return tuple(verdicts)
+
+
+def current_platform() -> str:
+    """ "cpu", "gpu" or "tpu": where a call without further placement would run."""
+    return jax.default_backend()

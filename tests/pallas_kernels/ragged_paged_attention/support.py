@@ -1,0 +1,57 @@
+"""What the tests of ragged paged attention share: running a case, and the errors of an answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention, reference
+from pallas_kernels.ragged_paged_attention.cases import AttentionCase, AttentionInputs
+
+# Largest error of a token's output relative to its largest component. bfloat16 keeps 8 bits: outputs round by 2^-9,
+# that is 0.2 %, probabilities by as much before the second matmul; float32 sums of a few hundred products stay near
+# 1e-6.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
+
+
+def options_of(case: AttentionCase, inputs: AttentionInputs) -> dict:
+    return {
+        "scale": case.head_dim**-0.5,
+        "soft_cap": case.soft_cap,
+        "sinks": inputs.sinks,
+        "window": inputs.window,
+        "max_q_len": case.max_q_len,
+    }
+
+
+def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs in float64 from the rounded inputs, and the pages as they must be, byte for byte.
+
+    The new keys and values reach the pages, and so the scores, in the pages' dtype.
+    """
+    queries, *rest = inputs.arguments()
+    return reference.attend(queries.astype(np.float64), *rest, **options_of(case, inputs))
+
+
+def run(case: AttentionCase, inputs: AttentionInputs, implementation: str) -> tuple[np.ndarray, np.ndarray]:
+    options = options_of(case, inputs) | {"implementation": implementation}
+    if implementation == "reference":
+        outputs, pages = ragged_paged_attention(*inputs.arguments(), **options)
+    else:
+        arguments = (jnp.asarray(argument) for argument in inputs.arguments())
+        outputs, pages = jax.jit(lambda *arguments: ragged_paged_attention(*arguments, **options))(*arguments)
+    return np.asarray(outputs), np.asarray(pages)
+
+
+def error_a_token(actual: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """NumPy throughout: jnp.max of a large all-NaN float32 array can be -inf on a CPU."""
+    difference = np.abs(actual.astype(np.float64) - wanted).max(axis=(1, 2))
+    return difference / np.maximum(np.abs(wanted).max(axis=(1, 2)), 1e-30)
+
+
+def assert_right(case: AttentionCase, inputs: AttentionInputs, outputs: np.ndarray, pages: np.ndarray) -> None:
+    wanted, wanted_pages = expected(case, inputs)
+    assert outputs.shape == inputs.queries.shape and outputs.dtype == inputs.queries.dtype
+    assert np.isfinite(outputs.astype(np.float64)).all()
+    assert error_a_token(outputs, wanted).max() <= TOLERANCE[case.dtype]
+    assert (outputs[~wanted.any(axis=(1, 2))] == 0).all(), "padding and inactive rows are exactly zero"
+    assert pages.dtype == inputs.kv_pages.dtype and pages.tobytes() == wanted_pages.tobytes()

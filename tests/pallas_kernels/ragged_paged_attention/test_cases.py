@@ -1,0 +1,20 @@
+"""Every implementation against the float64 reference, over the shared cases."""
+
+import pytest
+
+from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention.cases import CASES, AttentionCase, make_inputs
+from tests.pallas_kernels.ragged_paged_attention.support import assert_right, run
+
+IMPLEMENTATIONS = ("reference", "xla")  # "tpu" and "gpu" join here
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: AttentionCase, implementation: str):
+    inputs = make_inputs(case)
+    assert_right(case, inputs, *run(case, inputs, implementation))
+
+
+def test_every_implementation_is_in_the_suite():
+    assert {candidate.name for candidate in api.IMPLEMENTATIONS} == set(IMPLEMENTATIONS)
