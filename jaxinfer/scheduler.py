@@ -1,0 +1,394 @@
+"""Which rows compute which tokens next. Pure policy: no jax, and a clock for statistics only.
+
+One rule: planned tokens chase known tokens under one token budget, running rows first. Chunked prefill, prefix hits and
+preemption by recomputing are that one mechanism; `sequence.Sequence` shows the counters.
+
+The engine plans ahead: `plan` may be called while earlier plans are still to be committed. What depends on sampled
+tokens is an upper bound then, exact for every row that the device does not stop.
+"""
+
+import heapq
+import time
+from bisect import insort
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from operator import attrgetter
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.core import Load
+from jaxinfer.errors import InvalidRequest, StepFailed
+from jaxinfer.metrics import Metrics
+from jaxinfer.page_pool import PagePool
+from jaxinfer.prefix_sharing import PrefixSharing
+from jaxinfer.sequence import NO_SLOT, Sequence, advance, check_running, require, short_of_pages
+from jaxinfer.types import (
+    Request,
+    RowInit,
+    SamplerForm,
+    StepKind,
+    StepPlan,
+    StepResult,
+    TokenChunk,
+    TokenLogprobs,
+)
+
+by_key = attrgetter("key")
+ON_DEVICE: tuple[int, ...] = ()
+"""Stands for the one token of a decode row."""
+
+
+class _Draft:
+    """A plan while it is made: decode rows, then chunks as (sequence, first position, end position)."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.rounds = 1
+        self.decodes: list[Sequence] = []
+        self.chunks: list[tuple[Sequence, int, int]] = []
+        self.init_rows: list[RowInit] = []
+        self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
+        self.lacked_pages = False
+
+
+class Scheduler:
+    """Admission, planning and commit. One thread calls it (any may call `load`); plans are committed in their order."""
+
+    def __init__(self, config: EngineConfig, pool: PagePool, clock: Callable[[], float] = time.monotonic):
+        self.config = config
+        self.pool = pool
+        self.metrics = Metrics(self.load)
+        self._clock = clock
+        self._sharing = PrefixSharing(pool)
+        self._waiting: list[Sequence] = []  # both lists are sorted by key: priority, arrival, id, sample
+        self._running: list[Sequence] = []
+        self._requests: dict[str, list[Sequence]] = {}
+        self._free_slots = list(range(config.max_num_seqs))  # a heap
+        self._in_flight: dict[int, list[Sequence]] = {}  # step id to the sequences of its rows, oldest first
+        self._num_prefilling = 0
+        self._next_step_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans neither committed nor dropped."""
+        return len(self._in_flight)
+
+    def load(self) -> Load:
+        """How busy the engine is; other threads may ask (copying a list is atomic)."""
+        running, waiting = self._running.copy(), self._waiting.copy()
+        return Load(len(running), len(waiting), sum(seq.num_uncomputed for seq in running + waiting),
+                    self.pool.num_held, self.pool.num_idle, self.pool.num_pages)
+
+    # ---- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queues the n samples of a request."""
+        self._refuse_endless(request)
+        sequences = [Sequence(request, index) for index in range(request.params.n)]
+        self._requests[request.id] = sequences
+        for seq in sequences:
+            insort(self._waiting, seq, key=by_key)
+
+    def _refuse_endless(self, request: Request) -> None:
+        """What could not be planned to its end. Fronts validate more, and earlier."""
+        length, limit = len(request.prompt) + request.max_tokens, self.config.max_model_len
+        if request.id in self._requests:
+            raise InvalidRequest("id", f"{request.id!r} belongs to an unfinished request; choose another")
+        if not request.prompt or request.max_tokens < 1:
+            raise InvalidRequest("prompt", "needs at least one prompt token and max_tokens of at least 1")
+        if length > limit:
+            raise InvalidRequest("max_tokens", f"prompt and max_tokens={request.max_tokens} are {length} tokens, over "
+                                 f"max_model_len={limit}; shorten one of them")
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[TokenChunk]:
+        """Ends a request, or one of its samples, now; returns their last chunks. Unknown and ended ones are ignored.
+
+        Steps in flight may still write to pages that are free from now on: they run before whoever gets them next.
+        """
+        now = self._clock()
+        return [self._end(seq, [], "abort", now) for seq in list(self._requests.get(request_id, ()))
+                if index is None or seq.sample_index == index]
+
+    def requeue_all(self) -> None:
+        """After a failed step, when the device's pages are lost: running rows wait again with their known tokens."""
+        self.metrics.failed_steps += 1
+        self._in_flight.clear()
+        for seq in self._running:
+            seq.restart()
+            insort(self._waiting, seq, key=by_key)
+        self._running.clear()
+        self._free_slots = list(range(self.config.max_num_seqs))
+        self._num_prefilling = 0
+        self._sharing.clear()
+        self.pool.reset()
+
+    def _end(self, seq: Sequence, ids: list[int], reason: str, now: float) -> TokenChunk:
+        """Takes a sequence out for good; its last chunk."""
+        if seq.slot == NO_SLOT:
+            self._waiting.remove(seq)
+        else:
+            self._stop_running(seq)
+        seq.finished = True
+        seq.stats.finished = now
+        seq.stats.num_output_tokens = len(seq.tokens) - seq.num_prompt
+        samples = self._requests[seq.request_id]
+        samples.remove(seq)
+        if not samples:
+            del self._requests[seq.request_id]
+        self.metrics.record_end(reason, seq.stats)
+        return TokenChunk(seq.request_id, seq.sample_index, ids, finish_reason=reason, stats=seq.stats)
+
+    def _stop_running(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._num_prefilling -= not seq.decoding
+        heapq.heappush(self._free_slots, seq.slot)
+        self._sharing.leave(seq)
+        self.pool.release(seq.pages)
+
+    # ---- plan
+
+    def plan(self) -> StepPlan | None:
+        """The next step, which counts as dispatched; None when nothing can be planned before a commit."""
+        draft = _Draft(self.config.max_num_batched_tokens)
+        self._plan_decodes(draft)
+        self._plan_chunks(draft)
+        if self._waiting and not draft.lacked_pages:
+            self._admit(draft)
+        if draft.chunks:
+            return self._issue_prefill(draft)
+        return self._issue_decode(draft) if draft.decodes else None
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        """One token (or `rounds`) for each running row that is past its prompt, and pages for them."""
+        rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
+        if not rows:
+            return
+        if self.config.max_decode_rounds > 1 and not self._waiting and not self._num_prefilling:
+            draft.rounds = min(self.config.max_decode_rounds, max(seq.end - seq.planned for seq in rows))
+        short = short_of_pages(rows, draft.rounds)
+        if draft.rounds > 1 and self._num_missing(short, draft.rounds) > self.pool.num_free:
+            draft.rounds = 1
+            short = short_of_pages(rows, 1)
+        if short:
+            rows = self._reserve(draft, rows, short)
+        draft.decodes = rows
+        draft.budget -= len(rows)
+
+    def _reserve(self, draft: _Draft, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
+        """Gets pages for the `short` ones, best first; returns the rows that can run.
+
+        Recomputing a row needs its tokens, so while a step is in flight a row without pages only stalls. The others
+        run dry within a page, then `plan` returns None, and with nothing in flight the worst rows are preempted.
+        """
+        stalled: set[Sequence] = set()
+        for seq in short:
+            while seq.slot != NO_SLOT and not self._grow(draft, seq):
+                draft.lacked_pages = True
+                if self._in_flight:
+                    stalled.add(seq)
+                    break
+                self._preempt(self._running[-1])
+        return [seq for seq in rows if seq.slot != NO_SLOT and seq not in stalled]
+
+    def _grow(self, draft: _Draft, seq: Sequence) -> bool:
+        """Pages for the row's next rounds; False when the pool has not enough."""
+        pages = self.pool.allocate(self._num_missing([seq], draft.rounds))
+        if pages is None:
+            return False
+        draft.new_pages.append((seq.slot, len(seq.pages), tuple(pages)))
+        seq.pages += pages
+        seq.capacity = len(seq.pages) * self.pool.page_size
+        return True
+
+    def _num_missing(self, short: Iterable[Sequence], rounds: int) -> int:
+        """Pages that rows which are short of pages need for `rounds` more tokens."""
+        page_size = self.pool.page_size
+        return sum(-(-min(seq.planned + rounds, seq.end) // page_size) - len(seq.pages) for seq in short)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, in its old place. Its registered pages stay findable until somebody needs them."""
+        self.metrics.preemptions += 1
+        seq.stats.num_preemptions += 1
+        self._stop_running(seq)
+        seq.restart()
+        insort(self._waiting, seq, key=by_key)
+
+    def _plan_chunks(self, draft: _Draft) -> None:
+        """The next chunk of each running row that is still in its prompt. It has had its pages since admission."""
+        if self._num_prefilling:
+            for seq in self._running:
+                if not seq.decoding and draft.budget:
+                    self._plan_chunk(draft, seq)
+
+    def _plan_chunk(self, draft: _Draft, seq: Sequence) -> None:
+        start, known = seq.planned, len(seq.tokens)
+        stop = min(known, start + draft.budget)
+        seq.planned = stop
+        draft.budget -= stop - start
+        draft.chunks.append((seq, start, stop))
+        if stop == known:
+            seq.decoding = True
+            self._num_prefilling -= 1
+
+    def _admit(self, draft: _Draft) -> None:
+        """Starts waiting rows in their order, up to the first that finds no slot, budget or pages."""
+        started: set[Sequence] = set()
+        for seq in self._waiting:
+            if not self._free_slots or not draft.budget:
+                break
+            shared = self._sharing.lookup(seq)
+            if shared is None:
+                continue
+            if not self._start(draft, seq, shared):
+                break
+            started.add(seq)
+        if started:
+            self._waiting = [seq for seq in self._waiting if seq not in started]
+
+    def _start(self, draft: _Draft, seq: Sequence, shared: list[int]) -> bool:
+        """Gives the row a slot and pages for all known tokens, and plans its first chunk; False without the pages."""
+        fresh = -(-len(seq.tokens) // self.pool.page_size) - len(shared)
+        # One page is left for each running row to grow into, or the new row would soon be preempted again.
+        if self.pool.cost(shared, fresh) + len(self._running) > self.pool.num_free:
+            return False
+        self.pool.acquire(shared)
+        pages = shared + (self.pool.allocate(fresh) or [])
+        seq.hold(heapq.heappop(self._free_slots), pages, len(shared) * self.pool.page_size, self.pool.page_size)
+        self._sharing.enter(seq, len(shared))
+        insort(self._running, seq, key=by_key)
+        self._num_prefilling += 1
+        if not seq.stats.scheduled:
+            seq.stats.scheduled = self._clock()
+            seq.stats.num_cached_tokens = seq.planned
+            self.metrics.record_start(seq.stats)
+        draft.init_rows.append(seq.row_init())
+        draft.new_pages.append((seq.slot, 0, tuple(pages)))
+        self._plan_chunk(draft, seq)
+        return True
+
+    def _issue_decode(self, draft: _Draft) -> StepPlan:
+        rows, rounds = draft.decodes, draft.rounds
+        slots, starts, sampler = advance(rows, rounds)
+        return StepPlan(self._fly(rows), StepKind.DECODE, rounds, sampler, tuple(slots), (ON_DEVICE,) * len(rows),
+                        tuple(starts), (True,) * len(rows), (), tuple(draft.new_pages))
+
+    def _issue_prefill(self, draft: _Draft) -> StepPlan:
+        rows = list(draft.decodes)
+        slots, starts, sampler = advance(rows, 1)
+        tokens, samples, following = [ON_DEVICE] * len(rows), [True] * len(rows), [-1] * len(rows)
+        for seq, start, stop in sorted(draft.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1):
+            rows.append(seq)
+            slots.append(seq.slot)
+            starts.append(start)
+            tokens.append(tuple(seq.tokens[start:stop]))
+            samples.append(seq.decoding)
+            following.append(seq.tokens[stop] if stop < seq.num_prompt else -1)
+            if seq.decoding:
+                sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
+        scored = any(seq.scores is not None for seq, _, _ in draft.chunks)
+        return StepPlan(self._fly(rows), StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
+                        tuple(samples), tuple(draft.init_rows), tuple(draft.new_pages), scored,
+                        tuple(following) if scored else ())
+
+    def _fly(self, rows: list[Sequence]) -> int:
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self._in_flight[step_id] = rows
+        return step_id
+
+    # ---- commit
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenChunk]:
+        """Takes in what a step sampled, ends rows and returns the new tokens. Void for plans from before a requeue."""
+        if plan.step_id not in self._in_flight:
+            return []
+        if plan.step_id != next(iter(self._in_flight)):
+            raise ValueError(f"step {plan.step_id} committed before step {next(iter(self._in_flight))}")
+        rows = self._in_flight.pop(plan.step_id)
+        if plan.kind is StepKind.PREFILL:
+            self._commit_chunks(plan, result, rows)
+        chunks: list[TokenChunk] = []
+        rounds, logprobs, num_tokens = plan.num_rounds, result.logprobs, 0
+        for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
+            if samples and not seq.finished:
+                chunk = self._append(seq, ids, rounds, now)
+                if logprobs is not None and seq.num_logprobs is not None:
+                    chunk.logprobs = _trim(logprobs[row], seq.num_logprobs)
+                chunks.append(chunk)
+                num_tokens += len(ids)
+        self.metrics.record_step(plan, num_tokens, now)
+        return chunks
+
+    def _commit_chunks(self, plan: StepPlan, result: StepResult, rows: list[Sequence]) -> None:
+        """What chunks bring besides a sampled token: full pages, and prompt scores."""
+        for row, (seq, ids, start) in enumerate(zip(rows, plan.tokens, plan.starts, strict=True)):
+            if ids and not seq.finished:
+                self._sharing.register(seq, start + len(ids))
+                if seq.scores is not None and result.prompt_logprobs is not None:
+                    seq.scores += _trim(result.prompt_logprobs[row], seq.num_prompt_logprobs or 0)
+
+    def _append(self, seq: Sequence, ids: list[int], rounds: int, now: float) -> TokenChunk:
+        """The chunk of a row's new tokens, its last one if they end it."""
+        tokens, stop_ids = seq.tokens, seq.stop_ids
+        tokens += ids
+        known = len(tokens)
+        if known > seq.register_at:
+            self._sharing.register(seq, known - 1)
+        if known > seq.end or len(ids) != rounds or (stop_ids and ids[-1] in stop_ids):
+            chunk = self._end_by_tokens(seq, ids, now)
+        else:
+            chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
+        if not seq.stats.first_token:
+            seq.stats.first_token = now
+            self.metrics.record_first_token(seq.stats)
+            chunk.prompt_logprobs, seq.scores = seq.scores, None
+        return chunk
+
+    def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:
+        """A row ends by a stop id or by its length. One the device stopped for no such reason would wait for ever."""
+        if ids and ids[-1] in seq.stop_ids:
+            chunk = self._end(seq, ids, "stop", now)
+            chunk.stop_reason = ids[-1] if ids[-1] in (seq.request.params.stop_token_ids or ()) else None
+        elif len(seq.tokens) > seq.end:
+            chunk = self._end(seq, ids, "length", now)
+        else:
+            chunk = self._end(seq, ids, "error", now)
+            chunk.error = StepFailed("the device stopped this row without a reason; please report it")
+        return chunk
+
+    # ---- invariants
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError when the books of the scheduler and of its pool do not agree."""
+        for rows in (self._running, self._waiting):
+            require(all(one.key < after.key for one, after in pairwise(rows)), "a queue is out of order")
+        live = {seq for rows in self._requests.values() for seq in rows}
+        require(live == {*self._running, *self._waiting}, "queues and requests differ")
+        require(len(live) == len(self._running) + len(self._waiting), "a sequence is in two queues")
+        slots = [seq.slot for seq in self._running] + self._free_slots
+        require(sorted(slots) == list(range(self.config.max_num_seqs)), "slots are lost or shared")
+        require(self._num_prefilling == sum(not seq.decoding for seq in self._running), "prefilling rows miscounted")
+        flying = {seq for rows in self._in_flight.values() for seq in rows}
+        for seq in self._running:
+            check_running(seq, seq in flying)
+        for seq in self._waiting:
+            require(seq.slot == NO_SLOT and not seq.pages and not seq.planned, "a waiting row holds something")
+        self._sharing.check_invariants(self._running)
+        self.pool.check_invariants([seq.pages for seq in self._running])
+
+
+def _trim(scored: list[TokenLogprobs], count: int) -> list[TokenLogprobs]:
+    """A step computes as many alternatives as any row may want; a request gets as many as it asked for."""
+    return [TokenLogprobs(one.token_id, one.logprob, one.rank, one.top[:count]) for one in scored]

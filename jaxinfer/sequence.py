@@ -1,0 +1,133 @@
+"""One sample of one request while the scheduler holds it. No jax here."""
+
+from jaxinfer.page_pool import Digest
+from jaxinfer.types import Request, RequestStats, RowInit, SamplerForm, TokenLogprobs
+
+NO_SLOT = -1
+
+
+class Sequence:
+    """Known tokens, how far their computation is planned, and the pages that hold it.
+
+        prompt of 6 tokens, max_tokens 5; two tokens are committed, one more is in flight
+
+        position     0   1   2   3   4   5   6   7   8   9   10
+        tokens     |<------ prompt ------->|<----->|                known: len(tokens) = 8
+        computed   |<------------------------------->|              planned = 8: position 7 is in flight
+        end        |<--------------------------------------->|     end = 10: the last token is never computed
+
+    `planned` counts the tokens whose keys and values the steps planned so far compute. While it is below len(tokens)
+    the row computes known ids, a chunk a step. The chunk that reaches the last of them samples, and from then on the
+    row is `decoding`: each round computes the token sampled last, which only the device knows. A row that the device
+    stops computes less than planned, so `planned` is exact for rows that go on and an upper bound for the others.
+    Where it reaches `end`, all max_tokens are certainly sampled and nothing more is planned.
+    """
+
+    __slots__ = (  # noqa: RUF023 (grouped by what they tell)
+        "request", "request_id", "sample_index", "key", "num_prompt", "end", "stop_ids",  # what was asked for
+        "form", "full_below", "num_logprobs", "num_prompt_logprobs",
+        "tokens", "scores", "finished", "stats",  # what is known
+        "slot", "pages", "capacity", "planned", "decoding",  # what the running row has
+        "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
+    )
+
+    def __init__(self, request: Request, sample_index: int):
+        params = request.params
+        self.request = request
+        self.request_id = request.id
+        self.sample_index = sample_index
+        self.key = (request.priority, request.arrival, request.id, sample_index)
+        self.num_prompt = len(request.prompt)
+        self.end = self.num_prompt + request.max_tokens - 1
+        self.stop_ids = request.stop_ids
+        self.form = _sampler_form(request)
+        # Below it the next token may not be a stop id, which only the FULL sampler forbids.
+        self.full_below = self.num_prompt + params.min_tokens - 1 if request.stop_ids else 0
+        self.num_logprobs = params.logprobs
+        self.num_prompt_logprobs = params.prompt_logprobs if sample_index == 0 else None
+        self.tokens = list(request.prompt)
+        self.finished = False
+        self.stats = RequestStats(arrival=request.arrival, num_prompt_tokens=self.num_prompt)
+        self.hashes: list[Digest] = []
+        self.awaited: Digest | None = None
+        # Prompt log-probabilities so far; None when not wanted or delivered. One sample has them for all.
+        self.scores: list[TokenLogprobs] | None = None if self.num_prompt_logprobs is None else []
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to the state before the first step; known tokens and what was delivered stay."""
+        self.slot = NO_SLOT
+        self.pages: list[int] = []
+        self.capacity = 0
+        self.planned = 0
+        self.decoding = False
+        self.registered = 0
+        self.register_at = 0
+        if self.scores is not None:
+            self.scores = []
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens that no step computes yet."""
+        return 0 if self.decoding else len(self.tokens) - self.planned
+
+    def hold(self, slot: int, pages: list[int], num_computed: int, page_size: int) -> None:
+        """The row runs: it has a slot and pages, and `num_computed` tokens came with them."""
+        self.slot = slot
+        self.pages = pages
+        self.capacity = len(pages) * page_size
+        self.planned = num_computed
+
+    def row_init(self) -> RowInit:
+        """The device's view of this row, as it starts or resumes."""
+        request, params = self.request, self.request.params
+        return RowInit(
+            slot=self.slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+            seed=request.seed, sample_index=self.sample_index, tokens_left=self.end + 1 - len(self.tokens),
+            min_position=self.num_prompt + params.min_tokens, stop_ids=request.stop_ids)
+
+
+def _sampler_form(request: Request) -> SamplerForm:
+    """The smallest sampler for a row that is past its minimum length."""
+    if request.params.logprobs is not None:
+        return SamplerForm.FULL
+    return SamplerForm.GREEDY if request.params.temperature == 0 else SamplerForm.SIMPLE
+
+
+def advance(rows: list[Sequence], rounds: int) -> tuple[list[int], list[int], SamplerForm]:
+    """Plans `rounds` tokens for decode rows; their slots, their positions before and the sampler they need."""
+    slots = [seq.slot for seq in rows]
+    starts = [seq.planned for seq in rows]
+    sampler = SamplerForm.GREEDY
+    for seq, start in zip(rows, starts, strict=True):
+        if start < seq.full_below:
+            sampler = SamplerForm.FULL
+        elif seq.form > sampler:
+            sampler = seq.form
+        stop = start + rounds
+        seq.planned = stop if stop < seq.end else seq.end  # the hottest line of a plan: no call of min()
+    return slots, starts, sampler
+
+
+def short_of_pages(rows: list[Sequence], rounds: int) -> list[Sequence]:
+    """Those of `rows` whose pages do not hold `rounds` more tokens."""
+    if rounds == 1:
+        return [seq for seq in rows if seq.planned >= seq.capacity]
+    return [seq for seq in rows if min(seq.planned + rounds, seq.end) > seq.capacity]
+
+
+def check_running(seq: Sequence, is_in_flight: bool) -> None:
+    """Raises AssertionError unless the counters of a running row agree."""
+    known = len(seq.tokens)
+    require(known <= seq.end, "a row that has all its tokens still runs")
+    require(seq.planned <= seq.capacity, "tokens are planned without pages for them")
+    if seq.decoding:
+        require(known - 1 <= seq.planned <= seq.end, "a decode row is planned behind its tokens or beyond its end")
+        require(is_in_flight or seq.planned == known - 1, "planned tokens are not in flight")
+    else:
+        require(seq.planned < known, "a row with its whole prompt planned does not decode")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(f"scheduler: {message}")
