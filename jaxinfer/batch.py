@@ -1,0 +1,111 @@
+"""A plan to the padded, flat array of its bucket. The only place that pads."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout
+from jaxinfer.types import RowInit, StepKind, StepPlan
+
+INIT_SLOT = COLUMNS["init_slot"]
+UINT32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Packs plans for one engine: its buckets and their layouts."""
+
+    config: EngineConfig
+    prefill: tuple[PrefillLayout, ...] = field(init=False)
+    decode: tuple[DecodeLayout, ...] = field(init=False)
+
+    def __post_init__(self):
+        config = self.config
+        object.__setattr__(self, "prefill", tuple(
+            PrefillLayout(size, config.max_num_seqs, config.page_size) for size in config.token_buckets))
+        object.__setattr__(self, "decode", tuple(
+            DecodeLayout(size, config.max_decode_rounds, config.page_size, config.max_num_seqs)
+            for size in config.row_buckets))
+
+    @property
+    def no_slot(self) -> int:
+        """A slot out of range: reads give the scratch slot, writes are dropped."""
+        return self.config.max_num_seqs + 1
+
+    def layout(self, plan: StepPlan) -> PrefillLayout | DecodeLayout:
+        """The smallest bucket that holds the plan. Scored prompts use the largest, the only one compiled for it."""
+        if plan.kind is StepKind.DECODE:
+            return self.decode[bisect_left(self.config.row_buckets, len(plan.slots))]
+        if plan.prompt_logprobs:
+            return self.prefill[-1]
+        return self.prefill[bisect_left(self.config.token_buckets, plan.num_tokens)]
+
+    def pack(self, plan: StepPlan) -> tuple[PrefillLayout | DecodeLayout, np.ndarray, np.ndarray]:
+        """The bucket, its inputs i32[size], and new pages i32[X, 3] beyond what the bucket carries."""
+        layout = self.layout(plan)
+        if isinstance(layout, DecodeLayout):
+            flat, pages = self._pack_decode(plan, layout)
+        else:
+            flat, pages = self._pack_prefill(plan, layout)
+        return layout, flat, self._put_new_pages(plan, pages)
+
+    def _pack_decode(self, plan: StepPlan, layout: DecodeLayout) -> tuple[np.ndarray, np.ndarray]:
+        flat = np.full(layout.size, self.no_slot, np.int32)
+        rounds, slots, pages = layout.views(flat)
+        rounds[0] = plan.num_rounds
+        slots[:len(plan.slots)] = plan.slots
+        return flat, pages
+
+    def _pack_prefill(self, plan: StepPlan, layout: PrefillLayout) -> tuple[np.ndarray, np.ndarray]:
+        flat = np.zeros(layout.size, np.int32)
+        tokens, rows, pages, tail = layout.views(flat)
+        rows[:, COLUMNS["slot"]] = rows[:, INIT_SLOT] = self.no_slot
+        pages[:, 0] = self.no_slot
+        num_rows, singles = len(plan.slots), 0
+        packed: list[int] = []
+        table = np.zeros((num_rows, 5), np.int32)
+        for index, (slot, ids, start, samples) in enumerate(
+                zip(plan.slots, plan.tokens, plan.starts, plan.samples, strict=True)):
+            count = len(ids) or 1
+            singles += count == 1
+            packed.extend(ids or (0,))
+            table[index] = slot, count, start + count, not ids, samples
+        tokens[:len(packed)] = packed
+        rows[:num_rows, :5] = table
+        self._put_inits(plan, rows)
+        tail[:] = singles, singles, num_rows, plan.sampler
+        return flat, pages
+
+    def _put_inits(self, plan: StepPlan, rows: np.ndarray) -> None:
+        floats = rows.view(np.float32)
+        for index, init in enumerate(plan.init_rows):
+            _put_init(rows[index], floats[index], init)
+
+    def _put_new_pages(self, plan: StepPlan, pages: np.ndarray) -> np.ndarray:
+        if not plan.new_pages:
+            return pages[:0]
+        triples = [(slot, first + offset, page) for slot, first, ids in plan.new_pages
+                   for offset, page in enumerate(ids)]
+        fitting = min(len(triples), len(pages))
+        pages[:fitting] = triples[:fitting]
+        return np.array(triples[fitting:], np.int32).reshape(-1, 3)
+
+
+def _put_init(row: np.ndarray, floats: np.ndarray, init: RowInit) -> None:
+    """Fills the init columns of one row; `floats` is the same memory as float32."""
+    row[INIT_SLOT:STOP_COLUMN] = (
+        init.slot, init.tokens_left, _word(init.seed >> 32), _word(init.seed), init.sample_index, 0, init.top_k, 0, 0,
+        init.min_position)
+    floats[COLUMNS["temperature"]] = init.temperature
+    floats[COLUMNS["top_p"]] = init.top_p
+    floats[COLUMNS["min_p"]] = init.min_p
+    row[STOP_COLUMN:ROW_WIDTH] = -1
+    row[STOP_COLUMN:STOP_COLUMN + len(init.stop_ids)] = init.stop_ids
+
+
+def _word(value: int) -> int:
+    """The low 32 bits as a signed i32."""
+    low = value & UINT32
+    return low - (1 << 32) if low >> 31 else low

@@ -1,0 +1,109 @@
+"""The engine: admit, plan, run, commit, emit. One thread calls it."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxinfer.errors import StepFailed
+from jaxinfer.executor import InFlight
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.types import Request, StepPlan, StepResult, TokenChunk
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+FAILURE_WINDOW = 600.0
+"""Seconds: this many failed steps within it mean that recomputing does not help, so the engine gives up."""
+
+
+class StepRunner(Protocol):
+    """The device as the engine sees it (`executor.Executor`; tests and benchmarks have fakes)."""
+
+    def dispatch(self, plan: StepPlan) -> InFlight: ...
+
+    def read(self, step: InFlight) -> StepResult: ...
+
+    def reset(self) -> None: ...
+
+
+class CompileCount(Protocol):
+    """Compiles since the engine was ready (`compile_counter.CompileCounter`)."""
+
+    @property
+    def count(self) -> int: ...
+
+    def watch_this_thread(self) -> None: ...
+
+
+class Engine:
+    """Runs requests to their end, one step ahead of what it has read."""
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler, *, compiles: CompileCount | None = None,
+                 clock: Callable[[], float] = time.monotonic):
+        self.runner = runner
+        self.scheduler = scheduler
+        self._compiles = compiles
+        self._clock = clock
+        self._in_flight: InFlight | None = None
+        self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
+
+    @property
+    def has_work(self) -> bool:
+        return self._in_flight is not None or self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        self.scheduler.cancel(request_id, index)
+
+    def watch_compiles(self) -> None:
+        """From now on only compiles of the calling thread count: the engine's own."""
+        if self._compiles is not None:
+            self._compiles.watch_this_thread()
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters, gauges and histograms as plain data."""
+        compiles = self._compiles.count if self._compiles is not None else 0
+        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles}
+
+    def step(self) -> list[TokenChunk]:
+        """Dispatches the next step, then reads and commits the one before it.
+
+        Raises StepFailed when steps keep failing; a single failure is recomputed and costs time only.
+        """
+        try:
+            return self._step()
+        except Exception as error:
+            self._recover(error)
+            return []
+
+    def _step(self) -> list[TokenChunk]:
+        plan = self.scheduler.plan()
+        dispatched = self.runner.dispatch(plan) if plan else None
+        finished, self._in_flight = self._in_flight, dispatched
+        if finished is None:
+            return []
+        result = self.runner.read(finished)
+        return self.scheduler.commit(finished.plan, result, self._clock())
+
+    def drain(self) -> list[TokenChunk]:
+        """Reads and commits what is in flight, without planning more."""
+        finished, self._in_flight = self._in_flight, None
+        if finished is None:
+            return []
+        return self.scheduler.commit(finished.plan, self.runner.read(finished), self._clock())
+
+    def _recover(self, error: Exception) -> None:
+        """A failed step took the donated pages along: new pages, and every row recomputed from its tokens."""
+        log.exception("device step failed; recomputing %d running rows", self.scheduler.num_running)
+        now = self._clock()
+        self._failures.append(now)
+        self._in_flight = None
+        self.runner.reset()
+        self.scheduler.requeue_all()
+        if len(self._failures) == MAX_FAILURES and now - self._failures[0] < FAILURE_WINDOW:
+            raise StepFailed(f"{MAX_FAILURES} device steps failed within {FAILURE_WINDOW:.0f} s; "
+                             "the log has their errors") from error

@@ -1,0 +1,147 @@
+"""Runs plans on the device: packs, calls the compiled program, reads the one result array back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer import row_state, steps
+from jaxinfer.batch import Batcher
+from jaxinfer.config import EngineConfig
+from jaxinfer.layout import PrefillLayout, result_width
+from jaxinfer.model import Model
+from jaxinfer.programs import (
+    APPEND,
+    EXTRA_PAGES,
+    LOGITS,
+    SCORE,
+    Signature,
+    compile_all,
+    declare,
+    decode_key,
+    prefill_key,
+)
+from jaxinfer.results import read_logprobs, read_scores
+from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A dispatched step whose results have not been read."""
+
+    plan: StepPlan
+    result: jax.Array  # i32[R, W] after prefill, i32[rounds, R, W] after decode
+    scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
+
+
+class Executor:
+    """Owns the device state of one engine. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: Model, params: Any, config: EngineConfig, replicated: jax.sharding.Sharding):
+        """replicated: a sharding that puts a whole array on every device of the model's mesh."""
+        self._model = model
+        self._params = params
+        self.config = config
+        self._replicated = replicated
+        self._batcher = Batcher(config)
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._state: Any = self._new_state()
+
+    def _new_state(self) -> steps.DeviceState:
+        config = self.config
+        rows = row_state.empty(config.max_num_seqs, config.max_pages_per_row, self._replicated)
+        return steps.DeviceState(self._model.new_pages(config.num_pages, config.page_size), rows)
+
+    def reset(self) -> None:
+        """Fresh pages and row state, after a failed step has taken the donated ones along."""
+        self._state = self._new_state()
+
+    def free(self) -> None:
+        """Lets go of parameters, pages and programs; the executor is of no use afterwards."""
+        self._programs = {}
+        self._params = self._state = None
+
+    @property
+    def signature(self) -> Signature:
+        return Signature(self._model, self._params, self._state, self._batcher, self._replicated)
+
+    @property
+    def num_declared(self) -> int:
+        """Programs that `warm_up` compiles."""
+        return len(declare(self.signature))
+
+    def warm_up(self, workers: int, progress: Callable[[str], None]) -> int:
+        """Compiles every declared program; returns how many."""
+        self._programs = compile_all(declare(self.signature), workers, progress)
+        return len(self._programs)
+
+    def dispatch(self, plan: StepPlan) -> InFlight:
+        """Starts the step and returns at once; the arrays in the result are futures."""
+        layout, flat, extra = self._batcher.pack(plan)
+        if len(extra):
+            self._append(extra)
+        if isinstance(layout, PrefillLayout):
+            return self._prefill(plan, layout, flat)
+        program = self._programs[decode_key(layout, plan.sampler)]
+        self._state, result = program(self._params, self._state, self._put(flat))
+        result.copy_to_host_async()
+        return InFlight(plan, result, [])
+
+    def _prefill(self, plan: StepPlan, layout: PrefillLayout, flat: np.ndarray) -> InFlight:
+        program = self._programs[prefill_key(layout)]
+        self._state, result, hidden = program(self._params, self._state, self._put(flat))
+        result.copy_to_host_async()
+        return InFlight(plan, result, self._score(plan, hidden) if plan.prompt_logprobs else [])
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._replicated)
+
+    def _append(self, extra: np.ndarray) -> None:
+        for first in range(0, len(extra), EXTRA_PAGES):
+            chunk = np.full((EXTRA_PAGES, 3), self._batcher.no_slot, np.int32)
+            part = extra[first:first + EXTRA_PAGES]
+            chunk[:len(part)] = part
+            self._state = self._programs[APPEND](self._state, self._put(chunk))
+
+    def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:
+        """Scores of every packed position against the token packed behind it."""
+        packed = [token for ids, after in zip(plan.tokens, plan.next_tokens, strict=True)
+                  for token in (*ids[1:], after)] if plan.next_tokens else []
+        chunk = min(steps.SCORE_CHUNK, hidden.shape[0])
+        return [self._score_chunk(hidden, first, packed[first:first + chunk], chunk)
+                for first in range(0, len(packed), chunk)]
+
+    def _score_chunk(self, hidden: jax.Array, first: int, targets: list[int], size: int) -> jax.Array:
+        padded = np.zeros(size, np.int32)
+        padded[:len(targets)] = targets
+        start = np.int32(first)
+        return self._programs[SCORE](self._params, hidden, self._put(np.asarray(start)), self._put(padded))
+
+    def read(self, step: InFlight) -> StepResult:
+        """Waits for the step and unpacks what it sampled."""
+        array = np.asarray(step.result)
+        form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
+        table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
+        ids = table[:, :, 0].T.tolist()
+        tokens = [[token for token in row if token >= 0] for row in ids]
+        logprobs = read_logprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
+        return StepResult(tokens, logprobs, self._read_scores(step))
+
+    def _read_scores(self, step: InFlight) -> list[list[TokenLogprobs]] | None:
+        return read_scores(step.plan, [np.asarray(chunk) for chunk in step.scores]) if step.scores else None
+
+    def logits(self, plan: StepPlan) -> np.ndarray:
+        """f32[n, V] of the one prompt chunk in `plan`, a prefill step of the largest bucket."""
+        layout, flat, extra = self._batcher.pack(plan)
+        self._append(extra)
+        self._state, _, hidden = self._programs[prefill_key(layout)](self._params, self._state, self._put(flat))
+        count, chunk = plan.num_tokens, min(steps.SCORE_CHUNK, hidden.shape[0])
+        parts = []
+        for first in range(0, count, chunk):
+            # The last chunk starts earlier where the bucket ends: dynamic_slice would clamp it silently.
+            start = min(first, hidden.shape[0] - chunk)
+            part = np.asarray(self._programs[LOGITS](self._params, hidden, self._put(np.asarray(np.int32(start)))))
+            parts.append(part[first - start:])
+        return np.concatenate(parts)[:count]

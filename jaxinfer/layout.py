@@ -1,0 +1,137 @@
+"""Where each field lies in the one flat i32 array that goes to a step, and in the one that comes back.
+
+Host (`batch.py` fills) and device (`steps.py` unpacks) both read it from here, so they cannot disagree.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.row_state import RowInits
+from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplerForm
+
+
+def result_width(form: SamplerForm) -> int:
+    """i32 a sampled token: its id; FULL adds log-probability, rank, and ids and log-probabilities of the top."""
+    return 1 + 2 + 2 * MAX_LOGPROBS if form is SamplerForm.FULL else 1
+
+
+ROW_FIELDS = ("slot", "q_len", "end", "on_device", "samples")
+INIT_FIELDS = ("init_slot", "tokens_left", "seed_high", "seed_low", "sample_index", "temperature", "top_k", "top_p",
+               "min_p", "min_position")
+COLUMNS = {name: column for column, name in enumerate(ROW_FIELDS + INIT_FIELDS)}
+STOP_COLUMN = len(COLUMNS)
+ROW_WIDTH = STOP_COLUMN + MAX_STOP_IDS
+
+
+class PrefillFields(NamedTuple):
+    """A prefill step's inputs on the device."""
+
+    tokens: jax.Array  # i32[T], 0 where the device knows the token
+    slots: jax.Array  # i32[R], out of range in padding rows
+    q_lens: jax.Array  # i32[R]
+    ends: jax.Array  # i32[R], length after the step, for rows the host knows
+    on_device: jax.Array  # bool[R], one decode token that only the device knows
+    samples: jax.Array  # bool[R]
+    inits: RowInits  # [R]
+    new_pages: jax.Array  # i32[X, 3]
+    distribution: jax.Array  # i32[3]
+    form: jax.Array  # i32[], a SamplerForm
+
+
+class DecodeFields(NamedTuple):
+    """A decode step's inputs on the device."""
+
+    slots: jax.Array  # i32[R]
+    present: jax.Array  # bool[R], False in padding rows
+    num_rounds: jax.Array  # i32[]
+    new_pages: jax.Array  # i32[X, 3]
+
+
+@dataclass(frozen=True)
+class PrefillLayout:
+    """[tokens T | rows R x ROW_WIDTH | new pages X x 3 | distribution 3 | form 1]"""
+
+    num_tokens: int
+    num_rows: int
+    page_size: int
+
+    @cached_property
+    def num_new_pages(self) -> int:
+        """X: what the tokens of a step can need; long prefix hits bring more and are entered before."""
+        return self.num_tokens // self.page_size + self.num_rows
+
+    @cached_property
+    def borders(self) -> tuple[int, int, int, int]:
+        """Ends of tokens, rows, new pages and distribution."""
+        rows = self.num_tokens + self.num_rows * ROW_WIDTH
+        pages = rows + 3 * self.num_new_pages
+        return self.num_tokens, rows, pages, pages + 3
+
+    @property
+    def size(self) -> int:
+        return self.borders[-1] + 1
+
+    def views(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Writable views of tokens [T], rows [R, ROW_WIDTH], new pages [X, 3], distribution and form [4]."""
+        tokens, rows, pages, _ = self.borders
+        return (flat[:tokens], flat[tokens:rows].reshape(self.num_rows, ROW_WIDTH),
+                flat[rows:pages].reshape(-1, 3), flat[pages:])
+
+    def unpack(self, flat: jax.Array) -> PrefillFields:
+        """flat: i32[size]."""
+        tokens, rows, pages, distribution = self.borders
+        table = flat[tokens:rows].reshape(self.num_rows, ROW_WIDTH)
+        columns = {name: table[:, column] for name, column in COLUMNS.items()}
+        return PrefillFields(
+            flat[:tokens], columns["slot"], columns["q_len"], columns["end"], columns["on_device"] > 0,
+            columns["samples"] > 0, _inits(columns, table[:, STOP_COLUMN:]), flat[rows:pages].reshape(-1, 3),
+            flat[pages:distribution], flat[distribution])
+
+
+def _inits(columns: dict[str, jax.Array], stop_ids: jax.Array) -> RowInits:
+    def floats(name):
+        return jax.lax.bitcast_convert_type(columns[name], jnp.float32)
+
+    words = jnp.stack([columns["seed_high"], columns["seed_low"]], axis=1)
+    return RowInits(
+        slot=columns["init_slot"], tokens_left=columns["tokens_left"],
+        seed_words=jax.lax.bitcast_convert_type(words, jnp.uint32), sample_index=columns["sample_index"],
+        temperature=floats("temperature"), top_k=columns["top_k"], top_p=floats("top_p"), min_p=floats("min_p"),
+        min_position=columns["min_position"], stop_ids=stop_ids)
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """[rounds 1 | slots R | new pages X x 3]"""
+
+    num_rows: int
+    max_rounds: int
+    page_size: int
+    num_slots: int
+
+    @cached_property
+    def num_new_pages(self) -> int:
+        """X: pages that R rows can begin in `max_rounds` tokens."""
+        return self.num_rows * (self.max_rounds // self.page_size + 1)
+
+    @property
+    def size(self) -> int:
+        return 1 + self.num_rows + 3 * self.num_new_pages
+
+    def views(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Writable views of rounds [1], slots [R] and new pages [X, 3]."""
+        end = 1 + self.num_rows
+        return flat[:1], flat[1:end], flat[end:].reshape(-1, 3)
+
+    def unpack(self, flat: jax.Array) -> DecodeFields:
+        """flat: i32[size]."""
+        end = 1 + self.num_rows
+        slots = flat[1:end]
+        return DecodeFields(slots, slots < self.num_slots, flat[0], flat[end:].reshape(-1, 3))
+
+

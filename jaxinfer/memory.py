@@ -1,0 +1,107 @@
+"""How many pages fit: the memory plan, made before the programs are compiled for good."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxinfer.errors import OutOfMemory
+
+CPU_SHARE = 0.25
+"""Share of the available host memory that pages may take when the device is the CPU: other programs live there too."""
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on one device. `budget` is what the engine may use in all."""
+
+    budget: int
+    weights: int
+    temporaries: int
+    bytes_per_page: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def pages(self) -> int:
+        return self.num_pages * self.bytes_per_page
+
+    def table(self) -> str:
+        """For a person, before the start."""
+        rows = [("budget", self.budget), ("weights", self.weights), ("temporaries", self.temporaries),
+                (f"{self.num_pages} pages of {self.page_size} tokens", self.pages),
+                ("left", self.budget - self.weights - self.temporaries - self.pages)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {in_mib(size):>16}" for name, size in rows)
+
+
+def plan_pages(*, budget: int, weights: int, temporaries: int, bytes_per_page: int, page_size: int, needed: int,
+               most: int | None, wanted: int | None) -> MemoryPlan:
+    """Chooses the number of pages.
+
+    needed: pages without which the engine cannot start (one a row, and one row of the full length).
+    most: pages beyond which more are of no use, or None. wanted: what the user asked for, or None.
+
+    Raises OutOfMemory saying what is missing and which settings to change.
+    """
+    room = (budget - weights - temporaries) // bytes_per_page
+    num_pages = wanted if wanted is not None else room if most is None else min(room, most)
+    if num_pages > room or num_pages < needed:
+        short = max(num_pages, needed)
+        raise OutOfMemory(
+            f"{short} pages of {page_size} tokens need {in_mib(short * bytes_per_page)}, but of a budget of "
+            f"{in_mib(budget)} weights take {in_mib(weights)} and temporaries {in_mib(temporaries)}: room for "
+            f"{max(room, 0)} pages. At least {needed} are needed (one a row, and one row of max_model_len). Lower "
+            "max_model_len, max_num_seqs or num_pages, or raise gpu_memory_utilization")
+    return MemoryPlan(budget, weights, temporaries, bytes_per_page, num_pages, page_size)
+
+
+def in_mib(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def memory_budget(device: jax.Device, utilization: float, weights: int) -> int:
+    """Bytes the engine may use on `device`, the weights that are already there included."""
+    if device.platform == "cpu":
+        return weights + int(CPU_SHARE * available_host_memory())
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        raise OutOfMemory(f"{device} does not tell its memory; set num_pages")
+    others = max(stats.get("bytes_in_use", 0) - weights, 0)
+    return int(limit * utilization) - others
+
+
+def available_host_memory() -> int:
+    """Bytes free for us: what the kernel calls available, or less in a container with a limit."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return available if limit == "max" else min(available, int(limit))
+
+
+def weight_bytes(params: object) -> int:
+    """Bytes of a parameter tree on the device that holds the most of it."""
+    totals: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(params):
+        for shard in leaf.addressable_shards:
+            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    return max(totals.values(), default=0)
+
+
+def measure_temporaries(compile_largest: Callable[[], list[jax.stages.Compiled]]) -> int:
+    """Bytes of temporaries and outputs of the largest programs, from the compiler's own analysis."""
+    most = 0
+    for compiled in compile_largest():
+        analysis = compiled.memory_analysis()
+        if analysis is not None:
+            most = max(most, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return most

@@ -1,0 +1,126 @@
+"""The declared set of compiled programs: everything that runs while serving, compiled before ready."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import steps
+from jaxinfer.batch import Batcher
+from jaxinfer.layout import DecodeLayout, PrefillLayout
+from jaxinfer.model import Model
+from jaxinfer.types import SamplerForm
+
+EXTRA_PAGES = 256
+"""Page-table entries one `append_pages` call enters."""
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One unit to compile: a name to show, the function, the shapes of its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...] = ()
+    out_shardings: Any = None
+
+    def compile(self) -> jax.stages.Compiled:
+        jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
+        return jitted.lower(*self.arguments).compile()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What all programs of an engine share: the model and the shapes and placement of its state."""
+
+    model: Model
+    params: Any
+    state: steps.DeviceState
+    batcher: Batcher
+    replicated: Any
+
+    def host_array(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
+
+
+def prefill_key(layout: PrefillLayout) -> Key:
+    return ("prefill", layout.num_tokens)
+
+
+def decode_key(layout: DecodeLayout, form: SamplerForm) -> Key:
+    return ("decode", layout.num_rows, form)
+
+
+APPEND, SCORE, LOGITS = ("append_pages",), ("score",), ("logits",)
+
+
+def declare(signature: Signature) -> dict[Key, Program]:
+    """Every program the engine may call, largest first so that a parallel compile ends evenly."""
+    return dict([*_prefill(signature), *_decode(signature), *_scoring(signature), _append(signature)])
+
+
+def _placements(signature: Signature) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, signature.state)
+
+
+def _prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    everywhere = signature.replicated
+    for layout in reversed(signature.batcher.prefill):
+        yield prefill_key(layout), Program(
+            f"prefill {layout.num_tokens} tokens", partial(steps.prefill_step, signature.model, layout),
+            (signature.params, signature.state, signature.host_array(layout.size)), donate=(1,),
+            out_shardings=(_placements(signature), everywhere, everywhere))
+
+
+def _decode(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    for layout in reversed(signature.batcher.decode):
+        for form in SamplerForm:
+            yield decode_key(layout, form), Program(
+                f"decode {layout.num_rows} rows, {form.name.lower()} sampler",
+                partial(steps.decode_step, signature.model, layout, form),
+                (signature.params, signature.state, signature.host_array(layout.size)), donate=(1,),
+                out_shardings=(_placements(signature), signature.replicated))
+
+
+def hidden_shape(signature: Signature) -> jax.ShapeDtypeStruct:
+    """Of the hidden states that the largest prefill returns: [T, D]."""
+    layout = signature.batcher.prefill[-1]
+    prefill = partial(steps.prefill_step, signature.model, layout)
+    hidden = jax.eval_shape(prefill, signature.params, signature.state, signature.host_array(layout.size))[2]
+    return jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=signature.replicated)
+
+
+def _scoring(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    hidden, start = hidden_shape(signature), signature.host_array()
+    chunk = min(steps.SCORE_CHUNK, hidden.shape[0])
+    yield SCORE, Program("score prompts", partial(steps.score_chunk, signature.model),
+                         (signature.params, hidden, start, signature.host_array(chunk)),
+                         out_shardings=signature.replicated)
+    yield LOGITS, Program("logits", partial(steps.logits_chunk, signature.model, chunk),
+                          (signature.params, hidden, start), out_shardings=signature.replicated)
+
+
+def _append(signature: Signature) -> tuple[Key, Program]:
+    return APPEND, Program("append pages", steps.append_pages,
+                           (signature.state, signature.host_array(EXTRA_PAGES, 3)), donate=(0,),
+                           out_shardings=_placements(signature))
+
+
+def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[str], None]
+                ) -> dict[Key, jax.stages.Compiled]:
+    """All programs, compiled by `workers` threads (XLA releases the interpreter); `progress` hears each name."""
+    def one(item):
+        key, program = item
+        compiled = program.compile()
+        progress(program.name)
+        return key, compiled
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
+        return dict(pool.map(one, programs.items()))

@@ -1,0 +1,101 @@
+"""What only the device knows of each running row, as one donated pytree.
+
+The host plans a step ahead of what it has read, so lengths, last tokens and stops live here. One slot more than
+max_num_seqs is kept: the last one is scratch for calls that belong to no row.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.sampling import SamplingRows, row_keys
+from jaxinfer.types import MAX_STOP_IDS
+
+
+@flax.struct.dataclass
+class RowState:
+    """A slot a row; B = max_num_seqs + 1."""
+
+    last_token: jax.Array  # i32[B], sampled, its key and value not yet in the pages
+    kv_len: jax.Array  # i32[B], tokens whose keys and values are in the pages
+    tokens_left: jax.Array  # i32[B], tokens it may still generate
+    stopped: jax.Array  # bool[B]
+    page_table: jax.Array  # i32[B, M]
+    sampling: SamplingRows  # [B] of each
+
+
+@flax.struct.dataclass
+class RowInits:
+    """Fields of rows that begin or resume in a step; `slot` is out of range for the others."""
+
+    slot: jax.Array  # i32[R]
+    tokens_left: jax.Array  # i32[R]
+    seed_words: jax.Array  # u32[R, 2]
+    sample_index: jax.Array  # i32[R]
+    temperature: jax.Array  # f32[R]
+    top_k: jax.Array  # i32[R]
+    top_p: jax.Array  # f32[R]
+    min_p: jax.Array  # f32[R]
+    min_position: jax.Array  # i32[R]
+    stop_ids: jax.Array  # i32[R, MAX_STOP_IDS]
+
+
+def empty(max_num_seqs: int, max_pages_per_row: int, placement: jax.sharding.Sharding) -> RowState:
+    """All slots stopped, on every device of `placement`."""
+    slots = max_num_seqs + 1
+
+    def ints() -> np.ndarray:
+        return np.zeros(slots, np.int32)
+
+    def floats() -> np.ndarray:
+        return np.zeros(slots, np.float32)
+
+    sampling = SamplingRows(
+        key=np.zeros((slots, 2), np.uint32), temperature=floats(), top_k=ints(), top_p=floats(), min_p=floats(),
+        min_position=ints(), stop_ids=np.full((slots, MAX_STOP_IDS), -1, np.int32))
+    table = np.zeros((slots, max_pages_per_row), np.int32)
+    return jax.device_put(RowState(ints(), ints(), ints(), np.ones(slots, bool), table, sampling), placement)
+
+
+def initialise(state: RowState, inits: RowInits) -> RowState:
+    """The state with the rows of `inits` made new. Slots out of range are dropped."""
+    def put(old, new):
+        return old.at[inits.slot].set(new, mode="drop")
+
+    old = state.sampling
+    sampling = SamplingRows(
+        key=put(old.key, row_keys(inits.seed_words, inits.sample_index)),
+        temperature=put(old.temperature, inits.temperature), top_k=put(old.top_k, inits.top_k),
+        top_p=put(old.top_p, inits.top_p), min_p=put(old.min_p, inits.min_p),
+        min_position=put(old.min_position, inits.min_position), stop_ids=put(old.stop_ids, inits.stop_ids))
+    return state.replace(tokens_left=put(state.tokens_left, inits.tokens_left),
+                         stopped=put(state.stopped, False), sampling=sampling)
+
+
+def append_pages(state: RowState, new_pages: jax.Array) -> RowState:
+    """The state with pages (slot, index in the table, page id) i32[X, 3] entered; slots out of range are dropped."""
+    slot, index, page = new_pages.T
+    return state.replace(page_table=state.page_table.at[slot, index].set(page, mode="drop"))
+
+
+def advance(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Array, tokens: jax.Array) -> RowState:
+    """The state after the rows at `slots` i32[R] that are `alive` bool[R] sampled `tokens` i32[R].
+
+    kv_lens: i32[R], lengths in the pages after the step. A row stops at one of its stop ids once past its
+    minimum length, or when it has no tokens left.
+    """
+    slots = jnp.where(alive, slots, state.kv_len.shape[0])
+    stop_ids = state.sampling.stop_ids.at[slots].get(mode="clip")
+    left = state.tokens_left.at[slots].get(mode="clip") - 1
+    hit = jnp.any(stop_ids == tokens[:, None], axis=-1)
+    return state.replace(
+        last_token=state.last_token.at[slots].set(tokens, mode="drop"),
+        kv_len=state.kv_len.at[slots].set(kv_lens, mode="drop"),
+        tokens_left=state.tokens_left.at[slots].set(left, mode="drop"),
+        stopped=state.stopped.at[slots].set(hit | (left <= 0), mode="drop"))
+
+
+def sampling_of(state: RowState, slots: jax.Array) -> SamplingRows:
+    """Sampling fields of the rows at `slots` i32[R]; slots out of range read the scratch slot."""
+    return jax.tree.map(lambda field: field.at[slots].get(mode="clip"), state.sampling)

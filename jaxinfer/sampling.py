@@ -1,0 +1,140 @@
+"""Logits to tokens on the device, in three forms; raw log-probabilities.
+
+The sampled token is argmax(log p + Gumbel(key)) with key = fold_in(fold_in(seed, sample index), position), so it
+depends on the request alone, never on the batch, and speculation can share the noise.
+Filters are thresholds found by bisection on the floats' bit patterns: no sort of the vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.types import MAX_LOGPROBS, SamplerForm
+
+KEY_IMPL = "threefry2x32"
+"""Stated, not the process default: the same seed must give the same tokens on every back end."""
+
+
+class SamplingRows(NamedTuple):
+    """Sampling fields of R rows."""
+
+    key: jax.Array  # u32[R, 2], fold_in(seed, sample index)
+    temperature: jax.Array  # f32[R], 0 is greedy
+    top_k: jax.Array  # i32[R], 0 is off
+    top_p: jax.Array  # f32[R]
+    min_p: jax.Array  # f32[R]
+    min_position: jax.Array  # i32[R], stop ids are banned at positions below
+    stop_ids: jax.Array  # i32[R, MAX_STOP_IDS], -1 is none
+
+
+class Scores(NamedTuple):
+    """Raw log-probabilities of R chosen tokens and of the likeliest ones."""
+
+    logprob: jax.Array  # f32[R]
+    rank: jax.Array  # i32[R], 1 is the likeliest
+    top_ids: jax.Array  # i32[R, MAX_LOGPROBS]
+    top_logprobs: jax.Array  # f32[R, MAX_LOGPROBS]
+
+
+def row_keys(seed_words: jax.Array, sample_index: jax.Array) -> jax.Array:
+    """Keys u32[R, 2] of rows from seeds u32[R, 2] (high, low word) and sample indices i32[R]."""
+    fold = jax.vmap(lambda words, index: jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), index))
+    return jax.random.key_data(fold(seed_words, sample_index))
+
+
+def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
+    """Tokens i32[R] from logits f32[R, V] for the tokens at positions i32[R]; `form` is static."""
+    if form is SamplerForm.GREEDY:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if form is SamplerForm.FULL:
+        logits = ban_stop_ids(logits, rows, positions)
+    greedy = rows.temperature == 0.0
+    scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
+    filtered = jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
+    noisy = filtered + jnp.where(greedy[:, None], 0.0, gumbel(rows.key, positions, logits.shape[-1]))
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+
+
+def gumbel(keys: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Noise f32[R, V] for keys u32[R, 2] at positions i32[R]."""
+    def one(words, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), position)
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(one)(keys, positions)
+
+
+def ban_stop_ids(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:
+    """Logits with the stop ids of rows still under their minimum length at -inf."""
+    vocab_size = logits.shape[-1]
+    young = (positions < rows.min_position)[:, None]
+    ids = jnp.where(young & (rows.stop_ids >= 0), rows.stop_ids, vocab_size)
+    row = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[row, ids].set(-jnp.inf, mode="drop")
+
+
+def filter_threshold(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Smallest kept value f32[R] of temperature-scaled logits f32[R, V].
+
+    Order as in vLLM: min-p and top-k on the whole distribution, then top-p on what they left. Ties stay.
+    """
+    largest = jnp.max(scaled, axis=-1)
+    min_p = jnp.where(rows.min_p > 0, largest + jnp.log(jnp.maximum(rows.min_p, 1e-30)), -jnp.inf)
+    top_k = _when_any(rows.top_k > 0, lambda: _top_k_threshold(scaled, rows.top_k))
+    kept = jnp.maximum(min_p, top_k)
+    top_p = _when_any(rows.top_p < 1.0, lambda: _top_p_threshold(scaled, kept, largest, rows.top_p))
+    return jnp.maximum(kept, top_p)
+
+
+def _when_any(used: jax.Array, threshold) -> jax.Array:
+    """`threshold()` where the row uses the filter; not computed at all when no row does."""
+    off = jnp.full(used.shape, -jnp.inf, jnp.float32)
+    return jax.lax.cond(jnp.any(used), lambda: jnp.where(used, threshold(), off), lambda: off)
+
+
+def _top_k_threshold(scaled: jax.Array, top_k: jax.Array) -> jax.Array:
+    ones = jnp.ones_like(scaled)
+    return _largest_with_mass(scaled, ones, jnp.clip(top_k, 1, scaled.shape[-1]).astype(jnp.float32))
+
+
+def _top_p_threshold(scaled: jax.Array, kept: jax.Array, largest: jax.Array, top_p: jax.Array) -> jax.Array:
+    mass = jnp.where(scaled >= kept[:, None], jnp.exp(scaled - largest[:, None]), 0.0)
+    return _largest_with_mass(scaled, mass, top_p * jnp.sum(mass, axis=-1))
+
+
+def _largest_with_mass(values: jax.Array, mass: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest threshold t[R] whose values >= t hold at least `wanted` f32[R] of `mass` f32[R, V].
+
+    Bisection over the 32 bits of an order-preserving integer form of the floats, so it is exact.
+    """
+    ordered = _to_ordered(values)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        enough = jnp.sum(jnp.where(ordered >= middle[:, None], mass, 0.0), axis=-1) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.min(ordered, axis=-1)
+    high = jnp.max(ordered, axis=-1) + 1
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return _from_ordered(low)
+
+
+def _to_ordered(values: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _from_ordered(ordered: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(ordered ^ ((ordered >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def score(logits: jax.Array, chosen: jax.Array) -> Scores:
+    """Raw scores of `chosen` i32[R] under logits f32[R, V]: before temperature, as users of logprobs expect."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)
+    rank = 1 + jnp.sum(logits > picked, axis=-1, dtype=jnp.int32)
+    top, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return Scores((picked - normaliser)[:, 0], rank, ids.astype(jnp.int32), top - normaliser)

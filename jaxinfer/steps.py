@@ -1,0 +1,162 @@
+"""The compiled units: prefill, decode, scoring. Arrays in, arrays out; pages and row state donated.
+
+Host inputs arrive as one flat i32 array a step (`layout.py` says what lies where) and the results leave as one,
+since every array that crosses costs a transfer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import row_state, sampling
+from jaxinfer.layout import DecodeLayout, PrefillLayout, result_width
+from jaxinfer.model import Model, Rows
+from jaxinfer.row_state import RowState
+from jaxinfer.types import SamplerForm
+
+SCORE_CHUNK = 128
+"""Most tokens scored at once: bounds the logits in memory to [128, V]."""
+
+
+class DeviceState(NamedTuple):
+    """Everything a step donates and returns."""
+
+    kv_pages: Any  # [L, P, ...]
+    rows: RowState
+
+
+def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: DeviceState, inputs: jax.Array
+                 ) -> tuple[DeviceState, jax.Array, jax.Array]:
+    """Any ragged mix of prompt chunks and single decode tokens; samples the rows that want it.
+
+    inputs: i32[layout.size]. Returns the state, the packed results i32[R, result_width(FULL)] and the hidden
+    states [T, D] (for scoring; an unused result costs nothing but its bytes).
+    """
+    fields = layout.unpack(inputs)
+    rows = row_state.append_pages(row_state.initialise(state.rows, fields.inits), fields.new_pages)
+    packed = _pack_rows(rows, fields)
+    hidden, kv_pages = model.forward(params, packed.tokens, packed.positions, state.kv_pages, packed.rows,
+                                     max_q_len=None)
+    last = jnp.clip(packed.rows.cu_q_lens[1:] - 1, 0)
+    logits = model.logits(params, hidden[last])
+    kv_lens = packed.rows.kv_lens
+    sampled = fields.samples & (kv_lens > 0)
+    tokens, result = _sample_any_form(logits, rows, fields.slots, kv_lens, sampled, fields.form)
+    rows = row_state.advance(rows, fields.slots, sampled, kv_lens, tokens)
+    return DeviceState(kv_pages, rows), result, hidden
+
+
+class _PackedRows(NamedTuple):
+    tokens: jax.Array  # i32[T]
+    positions: jax.Array  # i32[T]
+    rows: Rows
+
+
+def _pack_rows(state: RowState, fields) -> _PackedRows:
+    """Fills in what only the device knows: lengths and last tokens of rows that decode."""
+    num_tokens = fields.tokens.shape[0]
+    alive = ~(fields.on_device & state.stopped.at[fields.slots].get(mode="clip"))
+    device_lens = state.kv_len.at[fields.slots].get(mode="clip") + 1
+    kv_lens = jnp.where(fields.on_device, device_lens, fields.ends)
+    kv_lens = jnp.where(alive & (fields.q_lens > 0), kv_lens, 0)
+    cu_q_lens = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(fields.q_lens, dtype=jnp.int32)])
+    row = jnp.repeat(jnp.arange(fields.q_lens.shape[0]), fields.q_lens, total_repeat_length=num_tokens)
+    offset = jnp.arange(num_tokens, dtype=jnp.int32) - cu_q_lens[row]
+    positions = jnp.maximum(kv_lens[row] - fields.q_lens[row] + offset, 0)
+    last_token = state.last_token.at[fields.slots].get(mode="clip")
+    tokens = jnp.where(fields.on_device[row], last_token[row], fields.tokens)
+    page_indices = state.page_table.at[fields.slots].get(mode="clip")
+    return _PackedRows(tokens, positions, Rows(kv_lens, page_indices, cu_q_lens, fields.distribution))
+
+
+def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form):
+    """Samples with the form chosen at run time: prefill programs are big, so one serves all forms."""
+    branches = [lambda sampler=sampler: _sample_rows(logits, rows, slots, positions, sampled, sampler)
+                for sampler in SamplerForm]
+    tokens, result = jax.lax.switch(form, branches)
+    return tokens, result
+
+
+def _sample_rows(logits, rows: RowState, slots, positions, sampled, form: SamplerForm, width: int | None = None):
+    """Tokens i32[R] for `positions` and the packed results i32[R, width]; -1 in rows that sample nothing."""
+    fields = row_state.sampling_of(rows, slots)
+    tokens = sampling.sample(logits, fields, positions, form)
+    shown = jnp.where(sampled, tokens, -1)[:, None]
+    width = width or result_width(SamplerForm.FULL)
+    if form is not SamplerForm.FULL:
+        return tokens, jnp.pad(shown, ((0, 0), (0, width - 1)))
+    return tokens, jnp.concatenate([shown, pack_scores(sampling.score(logits, tokens))], axis=1)
+
+
+def pack_scores(scores: sampling.Scores) -> jax.Array:
+    """i32[R, result_width(FULL) - 1]: log-probability bits, rank, ids and their log-probability bits."""
+    def bits(values):
+        return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+    missing = (result_width(SamplerForm.FULL) - 3) // 2 - scores.top_ids.shape[1]
+    pad = ((0, 0), (0, missing))
+    return jnp.concatenate([
+        bits(scores.logprob)[:, None], scores.rank[:, None],
+        jnp.pad(scores.top_ids, pad, constant_values=-1), jnp.pad(bits(scores.top_logprobs), pad)], axis=1)
+
+
+def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: Any, state: DeviceState,
+                inputs: jax.Array) -> tuple[DeviceState, jax.Array]:
+    """Up to `layout.max_rounds` decode rounds of R rows, ended early when every row has stopped.
+
+    inputs: i32[layout.size]. Returns the state and the results i32[max_rounds, R, result_width(form)], -1 where a
+    row had stopped or the round did not run.
+    """
+    fields = layout.unpack(inputs)
+    rows = row_state.append_pages(state.rows, fields.new_pages)
+    page_indices = rows.page_table.at[fields.slots].get(mode="clip")
+    shape = (layout.max_rounds, layout.num_rows, result_width(form))
+
+    def going(carry):
+        round_, state, _ = carry
+        return (round_ < fields.num_rounds) & jnp.any(_alive(state.rows, fields))
+
+    def one_round(carry):
+        round_, state, results = carry
+        state, result = _decode_round(model, form, params, state, fields, page_indices)
+        return round_ + 1, state, results.at[round_].set(result)
+
+    start = (jnp.int32(0), DeviceState(state.kv_pages, rows), jnp.full(shape, -1, jnp.int32))
+    _, state, results = jax.lax.while_loop(going, one_round, start)
+    return state, results
+
+
+def _alive(rows: RowState, fields) -> jax.Array:
+    return fields.present & ~rows.stopped.at[fields.slots].get(mode="clip")
+
+
+def _decode_round(model, form, params, state: DeviceState, fields, page_indices):
+    rows, slots = state.rows, fields.slots
+    alive = _alive(rows, fields)
+    num_rows = slots.shape[0]
+    positions = rows.kv_len.at[slots].get(mode="clip")
+    kv_lens = jnp.where(alive, positions + 1, 0)
+    every = jnp.full((3,), num_rows, jnp.int32)
+    packed = Rows(kv_lens, page_indices, jnp.arange(num_rows + 1, dtype=jnp.int32), every)
+    tokens = rows.last_token.at[slots].get(mode="clip")
+    hidden, kv_pages = model.forward(params, tokens, positions, state.kv_pages, packed, max_q_len=1)
+    logits = model.logits(params, hidden)
+    tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form, result_width(form))
+    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, tokens)), result
+
+
+def score_chunk(model: Model, params: Any, hidden: jax.Array, start: jax.Array, targets: jax.Array) -> jax.Array:
+    """Raw scores i32[X, result_width(FULL) - 1] of targets i32[X] after hidden [T, D][start:start + X]."""
+    chunk = jax.lax.dynamic_slice_in_dim(hidden, start, targets.shape[0])
+    return pack_scores(sampling.score(model.logits(params, chunk), targets))
+
+
+def logits_chunk(model: Model, num_tokens: int, params: Any, hidden: jax.Array, start: jax.Array) -> jax.Array:
+    """Logits f32[num_tokens, V] after hidden [T, D][start:start + num_tokens]."""
+    return model.logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, num_tokens))
+
+
+def append_pages(state: DeviceState, new_pages: jax.Array) -> DeviceState:
+    """The state with pages (slot, index, page id) i32[X, 3] entered: for plans with more pages than a step carries."""
+    return DeviceState(state.kv_pages, row_state.append_pages(state.rows, new_pages))

@@ -1,0 +1,196 @@
+"""The real engine, steps, sampler and pages under the counting model: every answer is known beforehand."""
+
+from collections import defaultdict
+
+import pytest
+from counting import VOCAB, counted, new_engine, new_executor, request, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxinfer.engine import MAX_FAILURES
+from jaxinfer.errors import StepFailed
+from jaxinfer.types import StepKind
+
+
+@pytest.fixture(scope="module")
+def executor():
+    return new_executor(small_config())
+
+
+def run(engine, chunks=None):
+    """Steps the engine to its end, checking the books after every step."""
+    chunks = defaultdict(list) if chunks is None else chunks
+    while engine.has_work:
+        for chunk in engine.step():
+            chunks[chunk.request_id, chunk.index].append(chunk)
+        engine.scheduler.check_invariants()
+    return chunks
+
+
+def ids_of(chunks):
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+@st.composite
+def arrivals(draw):
+    """Requests with the step at which each comes and, for some, the step at which it is cancelled."""
+    found = []
+    for index in range(draw(st.integers(1, 8))):
+        length = draw(st.integers(1, 50))
+        base = draw(st.sampled_from([0, 0, 100, 240]))  # equal beginnings are common, so that prefixes hit
+        max_tokens, min_tokens = draw(st.integers(1, 30)), draw(st.integers(0, 30))
+        stop = (base + length + draw(st.integers(0, 20))) % VOCAB
+        stop_ids = draw(st.sampled_from([(), (), (stop,)]))
+        one = request(
+            str(index), [(base + offset) % VOCAB for offset in range(length)], max_tokens, stop_ids=stop_ids,
+            arrival=float(index), priority=draw(st.sampled_from([0, 0, 1, -1])),
+            temperature=0.0 if stop_ids else draw(st.sampled_from([0.0, 1.0])),
+            n=draw(st.sampled_from([1, 1, 1, 3])), min_tokens=min(min_tokens, max_tokens),
+            logprobs=draw(st.sampled_from([None, None, 2])), prompt_logprobs=draw(st.sampled_from([None, None, None, 1])))
+        found.append((draw(st.integers(0, 12)), draw(st.sampled_from([None, None, None, 3, 9])), one))
+    return found
+
+
+@settings(max_examples=120)
+@given(arrivals())
+def test_any_mix_gives_each_request_its_own_answer(executor, mix):
+    engine = new_engine(executor)
+    chunks, cancelled, step = defaultdict(list), set(), 0
+    while engine.has_work or any(come >= step for come, _, _ in mix):
+        for come, cancel, one in mix:
+            if come == step:
+                engine.add(one)
+            if cancel is not None and come + cancel == step:
+                engine.cancel(one.id)
+                cancelled.add(one.id)
+        for chunk in engine.step():
+            chunks[chunk.request_id, chunk.index].append(chunk)
+        engine.scheduler.check_invariants()
+        step += 1
+    for _, _, one in mix:
+        for index in range(one.params.n):
+            check_answer(one, index, chunks[one.id, index], one.id in cancelled)
+    assert engine.scheduler.pool.num_held == 0
+
+
+def check_answer(one, index, chunks, cancelled):
+    ids, wanted = ids_of(chunks), counted(one)
+    ended = bool(chunks) and chunks[-1].finish_reason is not None
+    if cancelled and not ended:
+        assert ids == wanted[:len(ids)]
+        return
+    assert ids == wanted
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == ("stop" if wanted[-1] in one.stop_ids else "length")
+    if one.params.logprobs is not None:
+        logprobs = [entry for chunk in chunks for entry in chunk.logprobs]
+        assert [entry.token_id for entry in logprobs] == ids
+        assert all(entry.logprob <= 0 and len(entry.top) == one.params.logprobs for entry in logprobs)
+    if one.params.prompt_logprobs is not None and index == 0:
+        scored = [entry for chunk in chunks for entry in chunk.prompt_logprobs or []]
+        assert [entry.token_id for entry in scored] == list(one.prompt[1:])
+        assert all(entry.rank == 1 for entry in scored), "the counting model foresees a counting prompt"
+
+
+def test_decode_rounds_are_fused_only_while_nobody_waits(executor):
+    engine = new_engine(executor)
+    plans = record_plans(engine)
+    for index in range(6):  # two more than there are slots
+        engine.add(request(str(index), [index * 10], 12, temperature=0.0))
+    run(engine)
+    decodes = [(plan.num_rounds, waiting) for plan, waiting in plans if plan.kind is StepKind.DECODE]
+    assert {rounds for rounds, waiting in decodes if waiting} == {1}
+    assert max(rounds for rounds, waiting in decodes if not waiting) == executor.config.max_decode_rounds
+
+
+def record_plans(engine):
+    plans, plan = [], engine.scheduler.plan
+
+    def recording():
+        made = plan()
+        if made is not None:
+            plans.append((made, engine.scheduler.num_waiting))
+        return made
+
+    engine.scheduler.plan = recording
+    return plans
+
+
+def test_the_next_step_is_dispatched_before_the_last_is_read(executor):
+    engine = new_engine(executor)
+    events = []
+    dispatch, read = executor.dispatch, executor.read
+    engine.runner = Spy(executor, lambda plan: (events.append(("dispatch", plan.step_id)), dispatch(plan))[1],
+                        lambda step: (events.append(("read", step.plan.step_id)), read(step))[1])
+    engine.add(request("a", [1], 20, temperature=0.0))
+    run(engine)
+    for step_id in range(3):
+        assert events.index(("dispatch", step_id + 1)) < events.index(("read", step_id))
+
+
+class Spy:
+    def __init__(self, executor, dispatch, read):
+        self.dispatch, self.read, self.reset = dispatch, read, executor.reset
+
+
+def test_a_hundred_percent_prefix_hit_still_computes_the_last_token(executor):
+    engine = new_engine(executor)
+    prompt = list(range(32))  # exactly eight pages
+    for id in ("first", "second"):
+        engine.add(request(id, prompt, 5, temperature=0.0, arrival=float(id == "second")))
+        chunks = run(engine)
+        assert ids_of(chunks[id, 0]) == [32, 33, 34, 35, 36]
+    assert chunks["second", 0][-1].stats.num_cached_tokens == 28
+
+
+def test_salts_keep_prefixes_apart(executor):
+    engine = new_engine(executor)
+    for index, salt in enumerate(["tenant a", "tenant b", "tenant a"]):
+        engine.add(request(salt + str(index), range(32), 3, temperature=0.0, salt=salt, arrival=float(index)))
+        chunks = run(engine)
+        assert chunks[salt + str(index), 0][-1].stats.num_cached_tokens == (28 if index == 2 else 0)
+
+
+def test_a_failed_step_is_recomputed_and_nobody_notices(executor):
+    engine = new_engine(executor)
+    fail_at = {3, 9}
+    dispatch, count = executor.dispatch, iter(range(10**6))
+
+    def failing(plan):
+        if next(count) in fail_at:
+            raise RuntimeError("injected")
+        return dispatch(plan)
+
+    engine.runner = Spy(executor, failing, executor.read)
+    requests = [request(str(index), [index * 7, index * 7 + 1], 20, temperature=1.0) for index in range(5)]
+    for one in requests:
+        engine.add(one)
+    chunks = run(engine)
+    assert all(ids_of(chunks[one.id, 0]) == counted(one) for one in requests)
+    assert next(count) > max(fail_at)
+
+
+def test_steps_that_keep_failing_end_the_engine(executor):
+    engine = new_engine(executor)
+    calls = []
+
+    def failing(plan):
+        calls.append(plan)
+        raise RuntimeError("injected")
+
+    engine.runner = Spy(executor, failing, executor.read)
+    engine.add(request("a", [1], 5))
+    with pytest.raises(StepFailed, match=str(MAX_FAILURES)):
+        for _ in range(10):
+            engine.step()
+    assert len(calls) == MAX_FAILURES
+
+
+def test_lower_priority_numbers_run_first(executor):
+    engine = new_engine(executor)
+    for index in range(12):
+        engine.add(request(str(index), [index], 6, temperature=0.0, priority=-index, arrival=0.0))
+    chunks = run(engine)
+    first = {id: parts[0].stats or parts[-1].stats for (id, _), parts in chunks.items()}
+    order = sorted(first, key=lambda id: first[id].scheduled)
+    assert set(order[:4]) == {"8", "9", "10", "11"}
