@@ -1,0 +1,58 @@
+"""Converts a safetensors folder into our own form, with its config and tokenizer files beside it."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints import orbax_store
+from checkpoints.config_reader import CONFIG_FILE, GENERATION_FILE, read_config
+from checkpoints.errors import CheckpointError
+from checkpoints.families import FAMILIES
+from checkpoints.rules import map_tensors
+from checkpoints.safetensors_reader import open_safetensors
+from checkpoints.tensors import cast
+
+COPIED_FILES = (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def convert(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
+    """Reads the model folder `source` and writes it to `target`, which must not exist.
+
+    Everything is written beside `target` first and renamed at the end, so a target that exists is whole. Weights are
+    mapped from the file tensor by tensor, never all in memory unless `dtype` (of the result; None keeps the file's)
+    makes copies of them.
+
+    Raises CheckpointError.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise CheckpointError(target, "exists already; choose another folder or remove it")
+    config = read_config(source)
+    tree = map_tensors(open_safetensors(source), FAMILIES[config["family"]], config, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        for name in COPIED_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        arrays: dict[str, np.ndarray] = {
+            path: (tensor if dtype is None else cast(tensor, dtype))[...] for path, tensor in tree.items()
+        }
+        orbax_store.save(partial, arrays)
+        partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server's own user
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,122 @@
+"""Our own form of a checkpoint: an Orbax folder of parameters by tree path, beside a manifest that says what is in it.
+
+folder/checkpoint.json    the manifest; written last, so that a folder without it is not a checkpoint
+folder/params/            Orbax
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from checkpoints.safetensors_reader import DTYPES, MAX_DIMENSIONS, MAX_TENSORS_PER_FILE, is_sizes, read_json
+from checkpoints.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import jax
+
+MANIFEST = "checkpoint.json"
+PARAMS = "params"
+FORMAT = "orbax-params"
+VERSION = 1
+MAX_MANIFEST_BYTES = 100_000_000
+DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether the folder says it is one of ours; `stored` finds out whether that is true."""
+    return (Path(folder) / MANIFEST).exists()
+
+
+def save(folder: str | Path, params: "Mapping[str, np.ndarray | jax.Array]") -> None:
+    """Writes arrays by tree path ("layers/0/q/weight"), then the manifest. The folder must exist and hold no
+    checkpoint.
+
+    Raises CheckpointError when it holds one already.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).resolve()
+    if (folder / PARAMS).exists() or is_store(folder):
+        raise CheckpointError(folder, "holds a checkpoint already; choose another folder or remove it")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / PARAMS, nested(params))
+    tensors = {
+        path: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name} for path, array in params.items()
+    }
+    manifest = {"format": FORMAT, "version": VERSION, "tensors": tensors}
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1))
+    partial.rename(folder / MANIFEST)
+
+
+def stored(folder: str | Path) -> dict[str, TensorInfo]:
+    """What a committed checkpoint holds, by tree path.
+
+    Raises CheckpointError when it was never finished, or when its manifest is malformed or of another version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(folder, f"has no {MANIFEST}: saving it was never finished")
+    manifest = read_json(path, MAX_MANIFEST_BYTES)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
+        raise CheckpointError(path, f"is {found}, expected {FORMAT!r} version {VERSION}; convert the model again")
+    tensors = manifest.get("tensors")
+    if not isinstance(tensors, dict) or len(tensors) > MAX_TENSORS_PER_FILE:
+        raise CheckpointError(path, "tensors is not a map of bounded size")
+    if not (Path(folder) / PARAMS / "_CHECKPOINT_METADATA").is_file():
+        raise CheckpointError(folder, f"{PARAMS} is missing or was never finished")
+    return {name: parse_info(path, name, entry) for name, entry in tensors.items()}
+
+
+def parse_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    """One tensor of the manifest, validated."""
+    shape, dtype = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+    if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS or str(dtype) not in DTYPE_NAMES:
+        raise CheckpointError(path, f"{name!r} is {entry!r}, expected a shape and one of {', '.join(DTYPE_NAMES)}")
+    return TensorInfo(name, tuple(shape), DTYPE_NAMES[str(dtype)])
+
+
+def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -> "dict[str, jax.Array]":
+    """The arrays of a checkpoint by tree path, each in its target's dtype, read by every device of its target's
+    sharding.
+
+    Args:
+      targets: exactly the paths of `stored(folder)`, with their stored shapes.
+
+    Raises CheckpointError when a path, a shape or the data is not as the manifest says.
+    """
+    import orbax.checkpoint as ocp
+
+    found = stored(folder)
+    for path, target in targets.items():
+        if path not in found or found[path].shape != tuple(target.shape):
+            raise CheckpointError(folder, f"{path}: expected shape {target.shape}, found {found.get(path)}")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(Path(folder).resolve() / PARAMS, nested(targets))
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(folder, f"cannot be restored: {str(error).splitlines()[0]}") from error
+    return {path: lookup(tree, path) for path in targets}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dictionaries from a map by path."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *front, last = path.split("/")
+        node = tree
+        for key in front:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def lookup(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree

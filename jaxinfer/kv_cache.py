@@ -1,0 +1,119 @@
+"""The pages array: its shape, its sharding, its bytes.
+
+Letters: L layers, P pages, C tokens a page, K kv heads, H head width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec, Sharding
+
+from jaxinfer import sharding
+from jaxinfer.config import ModelConfig
+from jaxinfer.errors import InvalidConfig
+from pallas_kernels import ragged_paged_attention as attention
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.ragged_paged_attention.api import named
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """What the pages of a group of layers look like; hashable, holds no arrays.
+
+    num_kv_heads: of all shards together, repeated heads included. implementation: which attention owns the layout.
+    """
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    implementation: str
+    mesh: Mesh | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[L, P, ...]; along the kv head axis the shards' own layouts lie side by side."""
+        shards = sharding.tensor_parallel_size(self.mesh)
+        shape = list(
+            attention.kv_pages_shape(
+                self.num_layers, self.num_pages, self.page_size, self.num_kv_heads // shards, self.head_dim, self.dtype,
+                implementation=self.implementation,
+            )
+        )  # fmt: skip
+        shape[attention.kv_head_axis(self.implementation)] *= shards
+        return tuple(shape)
+
+    @property
+    def partition_spec(self) -> PartitionSpec:
+        return pages_partition_spec(self.implementation)
+
+    @property
+    def sharding(self) -> Sharding:
+        return sharding.sharding(self.mesh, self.partition_spec)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Of one page in all layers, all shards together."""
+        return math.prod(self.shape) // self.num_pages * jnp.dtype(self.dtype).itemsize
+
+    def struct(self) -> jax.ShapeDtypeStruct:
+        """For compiling before the pages exist."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+
+    def allocate(self) -> jax.Array:
+        """Pages of zeros, made on their shards."""
+        return jnp.zeros(self.shape, self.dtype, device=self.sharding)
+
+
+def kv_cache(
+    config: ModelConfig,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    implementation: str | None = None,
+) -> KVCache:
+    """The pages of a model on a mesh; `implementation` None takes the first attention that can serve it.
+
+    Raises InvalidConfig with every reason when none can, or when the model cannot be cut over the mesh.
+    """
+    shards = sharding.tensor_parallel_size(mesh)
+    sizes = sharding.sharded_sizes(config, shards)
+    spec = attention.AttentionSpec(
+        num_q_heads=config.num_heads // shards,
+        num_kv_heads=sizes.num_kv_heads // shards,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        kv_dtype=dtype,
+    )
+    try:
+        implementation = attention.resolve(spec, implementation)
+    except (Unsupported, ValueError) as error:
+        raise InvalidConfig("attention", str(error)) from error
+    return KVCache(
+        config.num_layers,
+        num_pages,
+        page_size,
+        sizes.num_kv_heads,
+        config.head_dim,
+        jnp.dtype(dtype),
+        implementation,
+        mesh,
+    )
+
+
+def pages_partition_spec(implementation: str) -> PartitionSpec:
+    """Pages are cut along their kv heads, so that each shard attends to its own heads alone."""
+    return PartitionSpec(*[None] * attention.kv_head_axis(implementation), sharding.TENSOR)
+
+
+def page_size_of(kv_pages: jax.Array, implementation: str) -> int:
+    """Tokens a page (C), read from the pages' own layout."""
+    return kv_pages.shape[named(implementation).page_size_axis]

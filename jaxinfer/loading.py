@@ -1,0 +1,236 @@
+"""A model folder to placed parameters. The only importer of `checkpoints`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec, Sharding
+from tqdm.auto import tqdm
+
+import checkpoints
+from checkpoints import config_reader, orbax_store, placement, rules, tensors
+from checkpoints.errors import CheckpointError
+from checkpoints.families import FAMILIES
+from checkpoints.safetensors_reader import open_safetensors
+from jaxinfer import sharding
+from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.errors import ModelFormatError
+from jaxinfer.params import (
+    LayerLoop,
+    Params,
+    ParamSpec,
+    default_layer_loop,
+    fit,
+    flatten_specs,
+    init_params,
+    is_spec,
+    param_specs,
+    source_paths,
+)
+
+DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
+PROGRESS_AFTER_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What the model's authors say about generating; None where they are silent."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its devices. folder: where its tokenizer files are."""
+
+    config: ModelConfig
+    params: Params
+    generation: GenerationDefaults
+    folder: Path
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    layer_loop: LayerLoop | None = None,
+) -> LoadedModel:
+    """Reads a model folder (or "demo", "demo-draft") and places its parameters on the mesh, or on the first device.
+
+    Args:
+      model: a folder with config.json and safetensors, or one that `checkpoints.convert` wrote.
+      dtype: of the parameters; stored ones are rounded to it.
+      layer_loop: None takes the back end's own (`params.default_layer_loop`).
+
+    Raises:
+      ModelFormatError: naming the file or tensor, what was expected and what was found.
+      InvalidConfig: the model cannot be cut over the mesh.
+    """
+    folder = model_folder(model)
+    try:
+        raw = config_reader.read_config(folder)
+        config = model_config(raw)
+        generation = GenerationDefaults(**config_reader.read_generation_config(folder))
+        layer_loop = layer_loop or default_layer_loop()
+        if orbax_store.is_store(folder):
+            params = restore_params(folder, config, dtype, mesh, layer_loop)
+        else:
+            lazy = rules.map_tensors(open_safetensors(folder), FAMILIES[config.family], raw, folder)
+            params = place_params(lazy, config, folder, dtype, mesh, layer_loop)
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
+    return LoadedModel(config, params, generation, folder)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model; "demo" and "demo-draft" are the shipped ones. Raises ModelFormatError when it is not
+    there.
+    """
+    if str(model) in DEMO_FOLDERS:
+        folder = Path(checkpoints.__file__).parent / "demo" / DEMO_FOLDERS[str(model)]
+    else:
+        folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ModelFormatError(f"{folder} is not a folder; give a model folder or one of {', '.join(DEMO_FOLDERS)}")
+    return folder
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """ModelConfig from the plain dictionary of `checkpoints.config_reader`."""
+    return ModelConfig(**{**raw, "rope": RopeConfig(**raw["rope"])})
+
+
+def place_params(
+    lazy: dict[str, tensors.LazyTensor],
+    config: ModelConfig,
+    folder: Path,
+    dtype: Any,
+    mesh: Mesh | None,
+    layer_loop: LayerLoop,
+) -> Params:
+    """The parameter tree on its devices, from tensors by tree path. Each device's part is read straight from the
+    file.
+    """
+    sources = dict(flatten_specs(param_specs(config, dtype=dtype)))
+    check_tensors(lazy, sources, folder)
+    target = param_specs(
+        config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
+    )
+    leaves = []
+    for path, spec in tqdm(
+        list(flatten_specs(target)),
+        desc=f"loading {folder.name}",
+        unit="tensor",
+        delay=PROGRESS_AFTER_SECONDS,
+        leave=False,
+    ):
+        names = source_paths(path, config.num_layers)
+        parts = [fitted(tensors.cast(lazy[name], dtype), sources[name], spec, config.head_dim) for name in names]
+        whole = tensors.stacked(parts) if len(spec.shape) > len(parts[0].shape) else parts[0]
+        leaves.append(placement.place(whole, sharding.sharding(mesh, sharding.partition_spec(spec.axes))))
+    return jax.tree.unflatten(jax.tree.structure(target, is_leaf=is_spec), leaves)
+
+
+def check_tensors(
+    found: Mapping[str, tensors.TensorInfo | tensors.LazyTensor], specs: dict[str, ParamSpec], folder: Path
+) -> None:
+    """Every weight there, none too many, each of its shape and a float. Raises ModelFormatError."""
+    missing = [path for path in specs if path not in found]
+    if missing:
+        raise ModelFormatError(f"{folder}: {len(missing)} weights are missing: {rules.shorten(missing)}")
+    surplus = [found[path].name for path in found if path not in specs]
+    if surplus:
+        raise ModelFormatError(
+            f"{folder}: config.json has no place for {len(surplus)} tensors: {rules.shorten(surplus)}"
+        )
+    for path, spec in specs.items():
+        tensor = found[path]
+        label = f"{folder}: {path}" if tensor.name == path else f"{folder}: {tensor.name} ({path})"
+        if tensor.shape != spec.shape:
+            raise ModelFormatError(f"{label}: expected shape {spec.shape}, found {tensor.shape}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ModelFormatError(f"{label}: expected a float dtype, found {tensor.dtype}")
+
+
+def fitted(tensor: tensors.LazyTensor, source: ParamSpec, target: ParamSpec, head_dim: int) -> tensors.LazyTensor:
+    """`tensor` with kv heads repeated and the vocabulary padded as the target's shards need (`params.fit` without
+    arrays).
+    """
+    wanted = target.shape[-len(source.shape) :]
+    for axis, (name, old, new) in enumerate(zip(source.axes, source.shape, wanted, strict=True)):
+        if old != new and name == "kv_heads":
+            tensor = tensors.repeated(tensor, axis, head_dim, new // old)
+        elif old != new:
+            tensor = tensors.padded(tensor, axis, new)
+    return tensor
+
+
+def restore_params(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, layer_loop: LayerLoop) -> Params:
+    """The parameter tree from our own form: every device restores its part, then layers are stacked and heads
+    repeated if need be.
+    """
+    sources = dict(flatten_specs(param_specs(config, dtype=dtype)))
+    check_tensors(orbax_store.stored(folder), sources, folder)
+    found = orbax_store.restore(
+        folder,
+        {
+            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=evenly_cut(spec, mesh))
+            for path, spec in sources.items()
+        },
+    )
+    target = param_specs(
+        config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
+    )
+    leaves = []
+    for path, spec in flatten_specs(target):
+        names = source_paths(path, config.num_layers)
+        parts = [found.pop(name) for name in names]
+        place = sharding.sharding(mesh, sharding.partition_spec(spec.axes))
+        leaves.append(assemble(parts, sources[names[0]], spec, config.head_dim, place))
+    return jax.tree.unflatten(jax.tree.structure(target, is_leaf=is_spec), leaves)
+
+
+def evenly_cut(spec: ParamSpec, mesh: Mesh | None) -> Sharding:
+    """The sharding of a stored weight: as when it is used where the sizes divide, else whole."""
+    shards = sharding.tensor_parallel_size(mesh)
+    cut = sharding.partition_spec(spec.axes)
+    if any(axis is not None and size % shards for axis, size in zip(cut, spec.shape, strict=True)):
+        cut = PartitionSpec()
+    return sharding.sharding(mesh, cut)
+
+
+def assemble(parts: list[jax.Array], source: ParamSpec, target: ParamSpec, head_dim: int, place: Sharding) -> jax.Array:
+    """One weight of the target from one stored weight, or from one a layer."""
+    if parts[0].shape == target.shape:
+        return jax.device_put(parts[0], place)
+    shape = target.shape[-len(source.shape) :]
+
+    def build(parts: list[jax.Array]) -> jax.Array:
+        fits = [fit(part, source, head_dim, shape) for part in parts]
+        return jnp.stack(fits) if len(target.shape) > len(shape) else fits[0]
+
+    return jax.jit(build, out_shardings=place)(parts)
+
+
+def random_params(
+    config: ModelConfig,
+    seed: int = 0,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    layer_loop: LayerLoop | None = None,
+) -> Params:
+    """Random weights in the model's shape, made on their shards; for tests and benchmarks."""
+    return init_params(config, seed, dtype=dtype, mesh=mesh, layer_loop=layer_loop or default_layer_loop())
