@@ -1,4 +1,4 @@
-"""Reads `config.json` and `generation_config.json` into plain dictionaries of neutral names, without trusting them."""
+"""Reads `config.json` into a plain dictionary of neutral names, without trusting it."""
 
 import math
 from collections.abc import Mapping
@@ -49,7 +49,6 @@ ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 }
 """Kinds of rotary embedding, and the keys that each must have."""
 
-SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -61,10 +60,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError naming the key, its value and what was expected.
     """
+    return parse_config(read_raw_config(folder), Path(folder) / CONFIG_FILE)
+
+
+def read_raw_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` as it stands, of bounded size. Raises CheckpointError."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(folder, f"has no {CONFIG_FILE}")
-    return parse_config(read_json(path, MAX_CONFIG_BYTES), path)
+    return read_json(path, MAX_CONFIG_BYTES)
 
 
 def parse_config(raw: Mapping[str, Any], source: str | Path = CONFIG_FILE) -> dict[str, Any]:
@@ -182,43 +186,6 @@ def rope_numbers(
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise CheckpointError(source, "rope high_freq_factor must be above low_freq_factor")
     return rope | {"original_max_position": original, "truncate": found.get("truncate", True) is not False}
-
-
-def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """What a folder says about generating: eos_token_ids (a tuple), bos_token_id, pad_token_id, and, where stated,
-    temperature, top_p, top_k, min_p, repetition_penalty and do_sample.
-
-    `generation_config.json` wins over `config.json`; both may be silent, and eos_token_ids is then empty.
-
-    Raises CheckpointError.
-    """
-    merged: dict[str, Any] = {}
-    for name in (CONFIG_FILE, GENERATION_FILE):
-        path = Path(folder) / name
-        if path.is_file():
-            found = read_json(path, MAX_CONFIG_BYTES)
-            ids = ("eos_token_id", "bos_token_id", "pad_token_id")
-            keys = ids if name == CONFIG_FILE else (*ids, "do_sample", "top_k", *SAMPLING_NUMBERS)
-            merged |= {key: found[key] for key in keys if found.get(key) is not None}
-    source = Path(folder) / GENERATION_FILE
-    eos = merged.pop("eos_token_id", [])
-    eos = eos if isinstance(eos, list) else [eos]
-    result: dict[str, Any] = {"eos_token_ids": tuple(small_integer(item, "eos_token_id", source) for item in eos)}
-    for key, value in merged.items():
-        if key in SAMPLING_NUMBERS:
-            result[key] = number(merged, key, source, low=-1.0)
-        elif key == "do_sample":
-            result[key] = boolean(merged, key, source)
-        else:
-            result[key] = small_integer(value, key, source)
-    return result
-
-
-def small_integer(value: Any, key: str, source: str | Path) -> int:
-    """A token id or a number of tokens; -1 stands for none."""
-    if type(value) is not int or not -1 <= value < 1 << 20:
-        raise CheckpointError(source, f"{key} must be an integer of -1 to {(1 << 20) - 1}, got {value!r}")
-    return value
 
 
 def integer(raw: Mapping[str, Any], key: str, source: str | Path, limit: int) -> int:

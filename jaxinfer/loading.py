@@ -36,27 +36,11 @@ PROGRESS_AFTER_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What the model's authors say about generating; None where they are silent."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model on its devices. folder: where its tokenizer files are."""
 
     config: ModelConfig
     params: Params
-    generation: GenerationDefaults
     folder: Path
 
 
@@ -82,7 +66,6 @@ def load_model(
     try:
         raw = config_reader.read_config(folder)
         config = model_config(raw)
-        generation = GenerationDefaults(**config_reader.read_generation_config(folder))
         layer_loop = layer_loop or default_layer_loop()
         if orbax_store.is_store(folder):
             params = restore_params(folder, config, dtype, mesh, layer_loop)
@@ -91,7 +74,20 @@ def load_model(
             params = place_params(lazy, config, folder, dtype, mesh, layer_loop)
     except CheckpointError as error:
         raise ModelFormatError(str(error)) from error
-    return LoadedModel(config, params, generation, folder)
+    return LoadedModel(config, params, folder)
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """Name of the dtype that the folder's config says its weights have; None where it is silent.
+
+    Raises ModelFormatError.
+    """
+    try:
+        config = config_reader.read_raw_config(folder)
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if isinstance(name, str) else None
 
 
 def model_folder(model: str | Path) -> Path:

@@ -1,11 +1,10 @@
 """Reading config.json: both spellings, every family's defaults, nothing out of bounds."""
 
-import json
 
 import pytest
 
 from checkpoints import CheckpointError
-from checkpoints.config_reader import parse_config, read_config, read_generation_config
+from checkpoints.config_reader import parse_config, read_config
 
 LLAMA = {
     "model_type": "llama",
@@ -186,21 +185,3 @@ def test_a_file_that_is_no_object_is_refused(tmp_path, text, problem):
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         read_config(tmp_path)
-
-
-def test_generation_config_wins_over_config(tmp_path):
-    assert read_generation_config(tmp_path) == {"eos_token_ids": ()}
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1, "temperature": 9}))
-    assert read_generation_config(tmp_path) == {"eos_token_ids": (2,), "bos_token_id": 1}
-    stated = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "x": [1]}
-    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-    assert read_generation_config(tmp_path) == {
-        "eos_token_ids": (5, 7), "bos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", [{"eos_token_id": "</s>"}, {"temperature": "hot"}, {"do_sample": 1}, {"top_k": 0.5}])
-def test_a_malformed_generation_config_is_refused(tmp_path, bad):
-    (tmp_path / "generation_config.json").write_text(json.dumps(bad))
-    with pytest.raises(CheckpointError, match=next(iter(bad))):
-        read_generation_config(tmp_path)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints.convert import convert
 from jaxinfer import sharding
 from jaxinfer.errors import ModelFormatError
-from jaxinfer.loading import load_model
+from jaxinfer.loading import load_model, stored_dtype
 from jaxinfer.params import flatten_specs, param_specs
 
 
@@ -44,8 +44,7 @@ def assert_same(found, expected) -> None:
 def test_a_folder_gives_config_weights_and_defaults(folder):
     loaded = load_model(folder, dtype=jnp.float32, layer_loop="unrolled")
     assert (loaded.config.family, loaded.config.num_layers, loaded.config.tie_word_embeddings) == ("qwen2", 4, True)
-    assert loaded.generation.eos_token_ids == (2,) and loaded.generation.bos_token_id == 1
-    assert loaded.generation.temperature is None and loaded.folder == folder
+    assert loaded.folder == folder
     weights = load_file(folder / "model.safetensors")
     np.testing.assert_array_equal(loaded.params["embed"], weights["model.embed_tokens.weight"])
     up = weights["model.layers.2.mlp.up_proj.weight"]
@@ -81,7 +80,7 @@ def test_a_converted_model_is_bit_identical(folder, tmp_path, shards, layer_loop
     convert(folder, tmp_path / "converted")
     original = load_model(folder, dtype=jnp.float32, mesh=mesh, layer_loop=layer_loop)
     converted = load_model(tmp_path / "converted", dtype=jnp.float32, mesh=mesh, layer_loop=layer_loop)
-    assert (converted.config, converted.generation) == (original.config, original.generation)
+    assert converted.config == original.config
     assert_same(converted.params, original.params)
     prompt = [[1, 2, 3, 4, 5]]
     logits = [PagedModel(m.config, m.params, 1, mesh=mesh).prefill_all(prompt, 5)[0] for m in (original, converted)]
@@ -134,10 +133,6 @@ DEFECTS = {
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5]),
         "truncated",
     ),
-    "a malformed generation config": (
-        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "x"}'),
-        "eos_token_id",
-    ),
     "half a conversion": (lambda folder: (folder / "checkpoint.json").write_text("{}"), "is None version None"),
 }
 
@@ -149,6 +144,13 @@ def test_a_defect_is_a_model_format_error_that_names_it(folder, name):
     with pytest.raises(ModelFormatError, match=problem) as caught:
         load_model(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(("fields", "dtype"), [
+    ({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16"), ({"dtype": None, "torch_dtype": "float16"}, "float16")])
+def test_the_stored_dtype_in_both_spellings(folder, fields, dtype):
+    edit_config(folder, **fields)
+    assert stored_dtype(folder) == dtype
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

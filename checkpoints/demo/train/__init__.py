@@ -1,0 +1,1 @@
+"""How the demo checkpoints were made; run with `python -m checkpoints.demo.train`."""

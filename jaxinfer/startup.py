@@ -1,0 +1,210 @@
+"""From a model folder to a running core: load, plan memory, compile, start the engine's thread."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from jaxinfer import compile_cache, loading, memory, programs, sharding
+from jaxinfer.chat_template import ChatTemplate
+from jaxinfer.compile_counter import CompileCounter
+from jaxinfer.config import EngineConfig
+from jaxinfer.core import Core, ModelInfo
+from jaxinfer.engine import Engine
+from jaxinfer.engine_thread import EngineThread
+from jaxinfer.errors import InvalidConfig
+from jaxinfer.executor import Executor
+from jaxinfer.intake import GenerationDefaults, Intake
+from jaxinfer.models import Decoder, make_decoder
+from jaxinfer.page_pool import PagePool
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.validation import Limits
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DEFAULT_MAX_MODEL_LEN = 32_768
+"""Longest context taken without being asked: many models allow far more than a first try should reserve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may choose; `LLM` documents each. None means: derived from the model and the machine."""
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 16
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = True
+    max_decode_rounds: int = 8
+    max_waiting: int = 4096
+    seed: int = 0
+    attention: str | None = None
+    compile_cache: str | None = None
+    show_progress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StartReport:
+    """How the start went, for people: seconds and counts."""
+
+    memory: memory.MemoryPlan
+    attention: str
+    num_programs: int
+    load_seconds: float
+    compile_seconds: float
+    cache: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A running core and what it took to get there."""
+
+    core: Core
+    executor: Executor
+    report: StartReport
+
+
+def start(options: Options, say: Callable[[str], None] = lambda line: None) -> Started:
+    """Loads and warms up a model; returns when it is ready to serve. `say` hears a line for each stage.
+
+    Raises ModelFormatError, InvalidConfig or OutOfMemory.
+    """
+    began = time.monotonic()
+    mesh = sharding.make_mesh(options.tensor_parallel_size) if options.tensor_parallel_size != 1 else None
+    folder = loading.model_folder(options.model)
+    dtype = choose_dtype(options.dtype, folder)
+    loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh)
+    model = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh,
+                         implementation=options.attention)
+    tokenizer, template = read_text_files(options, folder)
+    loaded_at = time.monotonic()
+    say(f"loaded {loaded.config.family} with {count_params(loaded.params):,} parameters in {loaded_at - began:.1f} s; "
+        f"attention: {model.implementation} on {jax.devices()[0].device_kind}")
+    max_model_len = choose_max_model_len(options, loaded.config.max_position_embeddings)
+    with compile_cache.open_cache(options.compile_cache) as cache:
+        plan = plan_memory(options, model, loaded.params, max_model_len)
+        say(f"memory on each device:\n{plan.table()}")
+        config = engine_config(options, max_model_len, plan.num_pages)
+        executor = Executor(model, loaded.params, config, replicated(mesh))
+        num_programs = warm_up(executor, options.show_progress)
+    compiled_at = time.monotonic()
+    say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
+    report = StartReport(plan, model.implementation, num_programs, loaded_at - began, compiled_at - loaded_at,
+                         str(cache.report))
+    engine = make_engine(executor, config)
+    limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
+                    max_kv_tokens=config.num_pages * config.page_size)
+    intake = Intake(tokenizer, limits, GenerationDefaults.from_folder(folder), chat_template=template,
+                    seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
+    info = ModelInfo(
+        name=options.model, family=loaded.config.family, vocab_size=model.vocab_size, max_model_len=max_model_len,
+        dtype=jnp.dtype(dtype).name, num_parameters=count_params(loaded.params),
+        eos_token_ids=intake.limits.eos_token_ids, has_tokenizer=tokenizer is not None,
+        has_chat_template=template is not None)
+    core = Core(info, intake, tokenizer, EngineThread(engine, options.max_waiting))
+    return Started(core, executor, report)
+
+
+def make_engine(executor: Executor, config: EngineConfig) -> Engine:
+    """An engine over warm programs, whose metrics count what it compiles from now on."""
+    pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
+    return Engine(executor, Scheduler(config, pool), compiles=CompileCounter())
+
+
+def choose_dtype(name: str, folder: Path) -> Any:
+    """The dtype of weights, activations and pages; "auto" takes the checkpoint's own."""
+    if name == "auto":
+        return jnp.float32 if loading.stored_dtype(folder) == "float32" else jnp.bfloat16
+    if name not in DTYPES:
+        raise InvalidConfig("dtype", f"{name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def choose_max_model_len(options: Options, longest: int) -> int:
+    """The model's own length, but not beyond what a first try should reserve."""
+    if options.max_model_len is None:
+        return min(longest, DEFAULT_MAX_MODEL_LEN)
+    if not 1 <= options.max_model_len <= longest:
+        raise InvalidConfig("max_model_len", f"{options.max_model_len} is not in 1..{longest}, the model's "
+                            "max_position_embeddings")
+    return options.max_model_len
+
+
+def read_text_files(options: Options, folder: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and chat template; None for a folder without one (token ids in and out)."""
+    source = Path(options.tokenizer).expanduser() if options.tokenizer else folder
+    if not options.tokenizer and not (source / "tokenizer.json").is_file():
+        return None, None
+    tokenizer = Tokenizer.from_folder(source)
+    if tokenizer.chat_template is None:
+        return tokenizer, None
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    template.start()  # a template that does not compile is an error of the start, not of the first chat
+    return tokenizer, template
+
+
+def replicated(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+    return sharding.sharding(mesh, jax.sharding.PartitionSpec())
+
+
+def engine_config(options: Options, max_model_len: int, num_pages: int) -> EngineConfig:
+    # One step never computes more than the longest row and a token for every other one can need.
+    most_useful = max(max_model_len + options.max_num_seqs, options.max_num_seqs)
+    return EngineConfig(
+        max_model_len=max_model_len, num_pages=num_pages, page_size=options.page_size,
+        max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds,
+        max_num_batched_tokens=min(options.max_num_batched_tokens, max(most_useful, 64)),
+        enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
+
+
+def plan_memory(options: Options, model: Decoder, params: Any, max_model_len: int) -> memory.MemoryPlan:
+    """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest."""
+    device = jax.tree.leaves(params)[0].devices().pop()
+    shards = options.tensor_parallel_size
+    weights = memory.weight_bytes(params)
+    full_row = -(-max_model_len // options.page_size)
+    needed = max(options.max_num_seqs, full_row)
+    on_cpu = device.platform == "cpu"
+    temporaries = 0 if on_cpu else memory.measure_temporaries(
+        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed)))
+    return memory.plan_pages(
+        budget=memory.memory_budget(device, options.gpu_memory_utilization, weights), weights=weights,
+        temporaries=temporaries, bytes_per_page=model.cache(1, options.page_size).bytes_per_page // shards,
+        page_size=options.page_size, needed=needed, most=options.max_num_seqs * full_row if on_cpu else None,
+        wanted=options.num_pages)
+
+
+def compile_largest(model: Decoder, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
+    """The programs with the most temporaries: the largest prefill and the largest decode with the full sampler."""
+    declared = programs.declare(Executor(model, params, config, replicated(model.mesh)).signature)
+    largest = [next(key for key in declared if key[0] == kind) for kind in ("prefill", "decode")]
+    return [declared[key].compile() for key in largest]
+
+
+def warm_up(executor: Executor, show_progress: bool) -> int:
+    """Compiles everything, with a bar once it takes long enough to be noticed."""
+    total = executor.num_declared
+    with tqdm(total=total, desc="compiling", unit="program", delay=1.0, disable=not show_progress, leave=False) as bar:
+        def progress(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        return executor.warm_up(workers=min(8, os.cpu_count() or 1), progress=progress)
+
+
+def count_params(params: Any) -> int:
+    """Parameters of the tree as placed (repeated kv heads count)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
