@@ -94,10 +94,11 @@ class EngineConfig:
                 raise InvalidConfig(name, f"must be at least 1, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidConfig("max_num_batched_tokens", f"{self.max_num_batched_tokens} is under max_num_seqs "
-                                f"{self.max_num_seqs}: a step could not decode every row; raise it or lower max_num_seqs")
+                                f"{self.max_num_seqs}: a step could not decode every row; raise it or lower "
+                                "max_num_seqs")
         if self.num_pages < max(self.max_num_seqs, self.max_pages_per_row):
-            raise InvalidConfig("num_pages", f"{self.num_pages} pages of {self.page_size} tokens cannot hold one page a "
-                                f"row (max_num_seqs={self.max_num_seqs}) and one row of max_model_len="
+            raise InvalidConfig("num_pages", f"{self.num_pages} pages of {self.page_size} tokens cannot hold one page "
+                                f"a row (max_num_seqs={self.max_num_seqs}) and one row of max_model_len="
                                 f"{self.max_model_len} ({self.max_pages_per_row} pages); raise num_pages or the "
                                 "memory share, or lower max_model_len or max_num_seqs")
 

@@ -1,0 +1,72 @@
+"""A pure-JAX inference stack for large language models.
+
+    from jaxinfer import LLM, SamplingParams
+
+    with LLM("demo") as llm:
+        print(llm.generate("def main(", SamplingParams(max_tokens=32))[0].outputs[0].text)
+
+Importing this module imports neither jax nor numpy; the first use of a name imports what that name needs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxinfer.errors import (
+        EngineClosed,
+        InvalidConfig,
+        InvalidRequest,
+        JaxInferError,
+        ModelFormatError,
+        OutOfMemory,
+        Overloaded,
+        StepFailed,
+        TokenizerMissing,
+    )
+    from jaxinfer.offline import LLM
+    from jaxinfer.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxinfer.types import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineClosed",
+    "InvalidConfig",
+    "InvalidRequest",
+    "JaxInferError",
+    "Logprob",
+    "ModelFormatError",
+    "OutOfMemory",
+    "Overloaded",
+    "RequestOutput",
+    "SamplingParams",
+    "StepFailed",
+    "TokenizerMissing",
+    "__version__",
+]
+
+_HOME = {
+    "LLM": "offline",
+    "SamplingParams": "types",
+    "CompletionOutput": "outputs",
+    "Logprob": "outputs",
+    "RequestOutput": "outputs",
+}
+"""Module of each public name; the rest are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "LLM":
+        from jaxinfer import shadowing
+
+        shadowing.check("checkpoints", "pallas_kernels")
+        shadowing.warn("serve")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,395 @@
+"""The command line: `jaxinfer generate | chat | serve | convert | bench | doctor`.
+
+The composition root: it alone may import `serve`, and nothing imports it. Each command imports what it needs when it
+runs, so that `--help` and `--version` start neither jax nor numpy.
+
+Exit codes: 0 done; 1 failed, with one line on standard error; 2 the command line is wrong; 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jaxinfer
+from jaxinfer import shadowing
+from jaxinfer.errors import JaxInferError
+from jaxinfer.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, Option, count
+
+if TYPE_CHECKING:
+    from jaxinfer import LLM, SamplingParams
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted"
+
+
+# Commands. Each returns an exit code.
+
+
+def generate(args: argparse.Namespace) -> int:
+    if args.model is None and args.words:
+        args.model, *args.words = args.words
+    with make_llm_aside(args) as llm:
+        prompts = args.words or [read_prompt()]
+        params = sampling(args, llm)
+        if args.json:
+            for output in llm.generate(prompts, params):
+                print(json.dumps(as_json(output), ensure_ascii=False))
+        elif len(prompts) == 1:
+            print_stream(llm, prompts[0], params)
+        else:
+            for output in llm.generate(prompts, params):
+                print(f"--- {output.prompt}\n{output.outputs[0].text}")
+    return 0
+
+
+def read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("type the prompt; Ctrl-D ends it", file=sys.stderr)
+    return sys.stdin.read()
+
+
+def as_json(output: Any) -> dict[str, Any]:
+    """What `generate --json` prints of one RequestOutput."""
+    sample = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+    }
+
+
+def chat(args: argparse.Namespace) -> int:
+    with make_llm_aside(args) as llm:
+        params = sampling(args, llm)
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        messages = list(system)
+        print("type a message; /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
+        while (line := read_line()) is not None and line != "/exit":
+            if line == "/reset":
+                messages = list(system)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                answer = chat_turn(llm, messages, params)
+                messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def chat_turn(llm: "LLM", messages: list[dict[str, str]], params: "SamplingParams") -> str:
+    """One streamed answer; Ctrl-C ends it and keeps the conversation."""
+    pieces: list[str] = []
+    try:
+        print_stream(llm, messages, params, pieces)
+    except KeyboardInterrupt:
+        print()
+    return "".join(pieces)
+
+
+def read_line() -> str | None:
+    """The user's next line; None at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+
+
+def serve(args: argparse.Namespace) -> int:
+    shadowing.check("serve")
+    from serve import server
+
+    config = server.ServerConfig(host=args.host, port=args.port, drain_seconds=args.drain_seconds)
+    return server.serve(lambda: make_llm(args).core, config)
+
+
+def convert(args: argparse.Namespace) -> int:
+    from jaxinfer import loading
+
+    loading.convert(args.source, args.target, dtype=None if args.dtype == "auto" else args.dtype)
+    print(f"wrote {args.target}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from jaxinfer import quick_bench
+
+    load = quick_bench.Load(args.num_prompts, args.input_len, args.output_len)
+    with make_llm_aside(args) as llm:
+        result = quick_bench.run(llm, load)
+    print(json.dumps(result.as_dict()) if args.json else result.table())
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from jaxinfer import doctor as report
+
+    findings = report.examine(model_of(args))
+    print(json.dumps(findings.as_dict(), indent=2) if args.json else findings.text())
+    return EXIT_FAILED if findings.warnings else 0
+
+
+def make_llm(args: argparse.Namespace) -> "LLM":
+    from jaxinfer import LLM
+
+    return LLM(model_of(args), **given(args, ENGINE_OPTIONS), quiet=getattr(args, "quiet", False))
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """`--model FOLDER`, or the word in front."""
+    return args.model or next(iter(args.words), "demo")
+
+
+def make_llm_aside(args: argparse.Namespace) -> "LLM":
+    """As `make_llm`; what the start says goes to standard error, since it is not the command's output."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return make_llm(args)
+
+
+def sampling(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
+    """The model's own defaults under what was given."""
+    import dataclasses
+
+    chosen = {"max_tokens": 128, **given(args, SAMPLING_OPTIONS)}
+    if args.stop:
+        chosen["stop"] = tuple(args.stop)
+    return dataclasses.replace(llm.get_default_sampling_params(), **chosen)
+
+
+def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """Those options that were given: the rest keep the defaults of whoever takes them."""
+    values = ((option.name, getattr(args, option.name)) for option in options)
+    return {name: value for name, value in values if value is not None}
+
+
+def print_stream(llm: "LLM", prompt: Any, params: "SamplingParams", pieces: list[str] | None = None) -> None:
+    """Print an output as it comes; `pieces` collects it."""
+    with contextlib.closing(llm.stream(prompt, params)) as deltas:  # type: ignore[type-var]
+        for delta in deltas:
+            if pieces is not None:
+                pieces.append(delta.text)
+            print(delta.text, end="", flush=True)
+    print()
+
+
+# The parser.
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers mistakes in one line, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"COMMAND: invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
+            message = f"unknown command {wrong[1]!r}{nearest(wrong[1], choices)}"
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} ({self.prog} --help lists all)\n")
+
+    def unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """Complain about what no option took."""
+        flag = next((text for text in arguments if text.startswith("-")), None)
+        if flag is None:
+            self.error(f"unexpected {arguments[0]}")
+        known = [name for action in self._actions for name in action.option_strings]
+        self.error(f"unknown option {flag}{nearest(flag.partition('=')[0], known)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def add_command(
+    commands: Any, run: Callable[[argparse.Namespace], int], words: str, text: str, examples: str
+) -> Parser:
+    """A sub-parser whose help ends with a line to copy."""
+    parser = commands.add_parser(
+        run.__name__,
+        usage=f"jaxinfer {run.__name__} {words} [options]",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {examples}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def add_model(parser: Parser, more_words: str | None = None) -> None:
+    """The model as the first word or as an option; `more_words` says what may follow it."""
+    text = "model folder, or demo (default: demo)"
+    parser.add_argument("words", nargs="*", metavar="MODEL", help=f"{text}{f'; {more_words}' if more_words else ''}")
+    parser.add_argument("--model", metavar="FOLDER", help="the same as an option")
+    parser.set_defaults(max_words=sys.maxsize if more_words else 1)
+
+
+def add_engine_options(parser: Parser) -> None:
+    group = parser.add_argument_group("engine")
+    for option in ENGINE_OPTIONS:
+        option.add_to(group)
+
+
+def add_sampling_options(parser: Parser) -> None:
+    group = parser.add_argument_group("sampling")
+    for option in SAMPLING_OPTIONS:
+        option.add_to(group)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the output before this text; may be repeated"
+    )
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="jaxinfer",
+        description="Generate text with a language model on TPU, GPU or CPU, here or as a gRPC service.",
+        epilog=f"jaxinfer COMMAND --help shows its options and an example\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxinfer {jaxinfer.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_generate(commands)
+    add_chat(commands)
+    add_serve(commands)
+    add_convert(commands)
+    add_bench(commands)
+    add_doctor(commands)
+    return parser
+
+
+def add_generate(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        generate,
+        "[MODEL] [PROMPT ...]",
+        "complete prompts and print the outputs",
+        'jaxinfer generate demo "def fibonacci(n):" --max-tokens 64',
+    )
+    add_model(parser, "then prompts; without any, standard input is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the output")
+    add_engine_options(parser)
+    add_sampling_options(parser)
+
+
+def add_chat(commands: Any) -> None:
+    parser = add_command(
+        commands, chat, "[MODEL]", "talk to a model", "jaxinfer chat ~/models/Qwen3-0.6B --temperature 0.7"
+    )
+    add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--quiet", action="store_true", help="print nothing about the start")
+    add_engine_options(parser)
+    add_sampling_options(parser)
+
+
+def add_serve(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        serve,
+        "[MODEL]",
+        "serve a model over gRPC until SIGTERM",
+        "jaxinfer serve ~/models/Qwen3-0.6B --port 50051",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="what running requests get after SIGTERM (default: 30)",
+    )
+    add_engine_options(parser)
+
+
+def add_convert(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        convert,
+        "SOURCE TARGET",
+        "write a model folder in our own form, which loads faster",
+        "jaxinfer convert ~/models/Qwen3-0.6B ~/models/Qwen3-0.6B-jaxinfer --dtype bfloat16",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="model folder in the Hugging Face layout")
+    parser.add_argument("target", metavar="TARGET", help="folder to write; must not exist")
+    dtypes = ("auto", "bfloat16", "float32")
+    parser.add_argument(
+        "--dtype", default="auto", choices=dtypes, help="of the result (default: auto, the checkpoint's)"
+    )
+
+
+def add_bench(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        bench,
+        "[MODEL]",
+        "measure throughput and latency with random prompts",
+        "jaxinfer bench demo --num-prompts 64 --input-len 128 --output-len 128",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--num-prompts", type=count, default=64, metavar="N", help="requests, sent at once (default: 64)"
+    )
+    parser.add_argument("--input-len", type=count, default=128, metavar="N", help="tokens a prompt (default: 128)")
+    parser.add_argument("--output-len", type=count, default=128, metavar="N", help="tokens an output (default: 128)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_engine_options(parser)
+
+
+def add_doctor(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        doctor,
+        "[MODEL]",
+        "show devices, versions, memory and which implementation would run; fails when something is amiss",
+        "jaxinfer doctor ~/models/Qwen3-0.6B",
+    )
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def take_words(args: argparse.Namespace, unknown: list[str]) -> None:
+    """argparse takes words only up to the next option: those after it come here, with everything that is a mistake."""
+    if hasattr(args, "words") and not any(text.startswith("-") for text in unknown):
+        args.words = [*args.words, *unknown]
+        unknown = args.words[args.max_words - (args.model is not None) :]
+    if unknown:
+        args.parser.unknown(unknown)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args, unknown = make_parser().parse_known_args(argv)
+    take_words(args, unknown)
+    try:
+        return args.run(args)
+    except JaxInferError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def fail(message: str) -> int:
+    """One line on standard error, whatever the message looks like."""
+    print(f"jaxinfer: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""`LLM`: the engine inside this process, for notebooks and batch jobs. Names are vLLM's."""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxinfer import startup
+from jaxinfer.assembly import Assembler
+from jaxinfer.core import Core
+from jaxinfer.errors import EngineClosed, InvalidRequest
+from jaxinfer.intake import Prompt
+from jaxinfer.outputs import Delta, RequestOutput
+from jaxinfer.prompt_logits import prompt_logits
+from jaxinfer.types import Request, SamplingParams, TokenChunk
+from jaxinfer.validation import checked_prompt
+
+Promptlike = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
+
+
+class LLM:
+    """A model, its pages and its compiled programs, ready to generate.
+
+    Args:
+      model: a model folder, or "demo" for the shipped one.
+      tokenizer: another folder to take the tokenizer from.
+      dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
+      max_model_len: longest prompt + output in tokens; None is the model's own, at most 32,768.
+      max_num_seqs: rows that run at once.
+      max_num_batched_tokens: token budget of one step.
+      page_size: tokens a page of the KV cache; block_size is an alias.
+      num_pages: pages in the pool; None takes what memory allows.
+      gpu_memory_utilization: share of the accelerator's memory to use for weights, temporaries and pages.
+      tensor_parallel_size: devices the model is cut over.
+      enable_prefix_caching: share the pages of equal prompt beginnings.
+      seed: the seeds of requests that have none follow from it.
+      max_decode_rounds: decode rounds fused into one device call while no request waits.
+      max_waiting: requests that may queue.
+      attention: name of the attention implementation; None takes the best that serves the model.
+      compile_cache: folder of the persistent compile cache, or "off".
+      quiet: no progress bars and no start report.
+
+    Raises:
+      ModelFormatError, InvalidConfig, OutOfMemory: naming the file or the setting and what to do.
+    """
+
+    def __init__(
+        self, model: str, *, tokenizer: str | None = None, dtype: str = "auto", max_model_len: int | None = None,
+        max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
+        block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1, enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8,
+        max_waiting: int = 4096, attention: str | None = None, compile_cache: str | None = None, quiet: bool = False,
+    ):
+        options = startup.Options(
+            model=str(model), tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size),
+            num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size, enable_prefix_caching=enable_prefix_caching,
+            max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
+            compile_cache=compile_cache, show_progress=not quiet)
+        started = startup.start(options, say=_silence if quiet else print)
+        self.core: Core = started.core
+        self.report = started.report
+        self._executor = started.executor
+        self._max_outstanding = max_waiting
+        self._quiet = quiet
+
+    def generate(self, prompts: Promptlike | Sequence[Promptlike],
+                 sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+                 priority: int = 0) -> list[RequestOutput]:
+        """Completes one prompt or many; outputs come in the prompts' order.
+
+        sampling_params: one for all, or one a prompt; None takes the model's generation_config. All prompts are
+        checked before the first one runs. Raises InvalidRequest or TokenizerMissing.
+        """
+        many = [_read(self.core, prompt) for prompt in _as_list(prompts)]
+        params = _one_each(sampling_params, len(many))
+        requests = [self.core.intake.request(prompt, one, priority=priority)
+                    for prompt, one in zip(many, params, strict=True)]
+        return self._run(requests, [prompt.text for prompt in many], use_tqdm and not self._quiet)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+             sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True
+             ) -> list[RequestOutput]:
+        """Answers one conversation or many through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.core.intake.chat(one) for one in conversations]  # type: ignore[arg-type]
+        params = _one_each(sampling_params, len(prompts))
+        requests = [self.core.intake.request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        return self._run(requests, [prompt.text for prompt in prompts], use_tqdm and not self._quiet)
+
+    def stream(self, prompt: Promptlike | Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+               ) -> Iterator[Delta]:
+        """Deltas of one prompt (or conversation) as they come; their texts never end in half a character.
+
+        Closing the iterator cancels the request.
+        """
+        read = _read(self.core, prompt)
+        request = self.core.intake.request(read, sampling_params)
+        return self._stream(request, read.text)
+
+    def _stream(self, request: Request, text: str | None) -> Iterator[Delta]:
+        inbox = _Inbox()
+        assembler = Assembler(request, self.core.tokenizer, text)
+        self.core.engine.submit(request, inbox)
+        try:
+            while not assembler.finished:
+                for chunk in inbox.chunks.get():
+                    delta = _feed(self.core, assembler, chunk)
+                    if delta is not None:
+                        yield delta
+        finally:
+            if not assembler.finished:
+                self.core.engine.cancel(request.id)
+
+    async def astream(self, prompt: Promptlike | Sequence[Mapping[str, Any]],
+                      sampling_params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+        """`stream` for notebooks and servers: an asynchronous iterator."""
+        read = _read(self.core, prompt)
+        request = self.core.intake.request(read, sampling_params)
+        inbox = _AsyncInbox(asyncio.get_running_loop())
+        assembler = Assembler(request, self.core.tokenizer, read.text)
+        self.core.engine.submit(request, inbox)
+        try:
+            while not assembler.finished:
+                for chunk in await inbox.chunks.get():
+                    delta = _feed(self.core, assembler, chunk)
+                    if delta is not None:
+                        yield delta
+        finally:
+            if not assembler.finished:
+                self.core.engine.cancel(request.id)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, V]: raw logits after each of n tokens. Raises InvalidRequest for ids out of range."""
+        tokens = checked_prompt(token_ids, self.core.intake.limits)
+        return self.core.engine.run(lambda engine: prompt_logits(engine, self._executor, tokens))
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters and latency histograms since the start, as plain data."""
+        return self.core.engine.metrics()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config asks for, on top of the defaults."""
+        return self.core.intake.defaults.sampling
+
+    def close(self) -> None:
+        """Stops the engine and frees its memory; running requests end with "abort". May be called twice."""
+        self.core.engine.close()
+        self._executor.free()
+        if self.core.intake.chat_template is not None:
+            self.core.intake.chat_template.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request], texts: list[str | None], show_bar: bool) -> list[RequestOutput]:
+        batch = _Batch(self.core, requests, texts)
+        try:
+            with tqdm(total=len(requests), desc="generating", unit="prompt", disable=not show_bar, delay=0.5) as bar:
+                batch.run(self._max_outstanding, bar)
+        except BaseException:  # Ctrl-C included: it ends this call and its requests, not the engine
+            batch.cancel()
+            raise
+        return [batch.assemblers[request.id].output() for request in requests]
+
+
+class _Inbox:
+    """Chunks from the engine's thread to a waiting one."""
+
+    def __init__(self):
+        self.chunks: queue.SimpleQueue[list[TokenChunk]] = queue.SimpleQueue()
+
+    def deliver(self, chunks: list[TokenChunk]) -> None:
+        self.chunks.put(chunks)
+
+
+class _AsyncInbox:
+    """Chunks from the engine's thread to a coroutine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.chunks: asyncio.Queue[list[TokenChunk]] = asyncio.Queue()
+        self._loop = loop
+
+    def deliver(self, chunks: list[TokenChunk]) -> None:
+        self._loop.call_soon_threadsafe(self.chunks.put_nowait, chunks)
+
+
+class _Batch:
+    """Requests of one `generate` call: submitted as the queue has room, collected until all have ended."""
+
+    def __init__(self, core: Core, requests: list[Request], texts: list[str | None]):
+        self._core = core
+        self._requests = requests
+        self._inbox = _Inbox()
+        self.assemblers = {request.id: Assembler(request, core.tokenizer, text)
+                           for request, text in zip(requests, texts, strict=True)}
+        self._outstanding: set[str] = set()
+
+    def run(self, max_outstanding: int, bar: Any) -> None:
+        pending = iter(self._requests)
+        samples = 0
+        upcoming = next(pending, None)
+        while upcoming is not None or self._outstanding:
+            while upcoming is not None and (not self._outstanding or samples + upcoming.params.n <= max_outstanding):
+                self._core.engine.submit(upcoming, self._inbox)
+                self._outstanding.add(upcoming.id)
+                samples += upcoming.params.n
+                upcoming = next(pending, None)
+            for ended in self._collect():
+                samples -= ended.params.n
+                bar.update()
+
+    def _collect(self) -> Iterator[Request]:
+        for chunk in self._inbox.chunks.get():
+            assembler = self.assemblers[chunk.request_id]
+            _feed(self._core, assembler, chunk)
+            if assembler.finished and chunk.request_id in self._outstanding:
+                self._outstanding.discard(chunk.request_id)
+                yield assembler.request
+
+    def cancel(self) -> None:
+        for request_id in self._outstanding:
+            self._core.engine.cancel(request_id)
+
+
+def _feed(core: Core, assembler: Assembler, chunk: TokenChunk) -> Delta | None:
+    """Assembles a chunk; ends the rows whose stop string came; raises what ended the request."""
+    delta = assembler.feed(chunk)
+    if delta is not None and delta.cancel_row:
+        core.engine.cancel(chunk.request_id, chunk.index)
+    if chunk.error is not None:
+        raise chunk.error
+    if chunk.finish_reason == "abort":
+        raise EngineClosed("the request was cancelled before it ended")
+    return delta
+
+
+def _page_size(page_size: int | None, block_size: int | None) -> int:
+    if page_size is not None and block_size is not None and page_size != block_size:
+        raise InvalidRequest("block_size", f"{block_size} differs from page_size {page_size}; they are one setting")
+    return page_size or block_size or 16
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """Many prompts as a list; one prompt (text, ids or a mapping) as a list of one."""
+    if isinstance(prompts, str | Mapping | np.ndarray):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], int | np.integer) else prompts
+
+
+def _read(core: Core, prompt: Any) -> Prompt:
+    if isinstance(prompt, Mapping):
+        known = [key for key in ("prompt_token_ids", "prompt") if key in prompt]
+        if len(known) != 1 or len(prompt) != 1:
+            raise InvalidRequest("prompt", "a mapping must have one key, prompt or prompt_token_ids; it has "
+                                 f"{list(prompt)}")
+        prompt = prompt[known[0]]
+    return core.intake.read(prompt)
+
+
+def _one_each(params: Any, count: int) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    params = list(params)
+    if len(params) != count:
+        raise InvalidRequest("sampling_params", f"{len(params)} given for {count} prompts; give one, or one a prompt")
+    return params
+
+
+def _silence(_: str) -> None:
+    """Says nothing."""
+

@@ -1,0 +1,67 @@
+"""Options of the command line that are passed on under their own names, and how their values are read. No jax here."""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SIZES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
+MOST_COUNT = 2**31 - 1
+"""Sizes become i32 on the device."""
+
+
+def count(text: str) -> int:
+    """A whole number, also as 4k (4,000) or 4K (4,096)."""
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kKmMgG]?)", text)
+    value = float(match[1].replace("_", "")) * SIZES[match[2]] if match else -1.0
+    if not match or value != int(value) or value > MOST_COUNT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 512, 4k (4,000) or 4K (4,096)")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option, passed on under its own name when given. default: what its receiver takes otherwise, for the help."""
+
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        flag = f"--{self.name.replace('_', '-')}"
+        shown = "" if self.default is None else f" (default: {self.default})"
+        if self.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"{self.help}{shown}")
+        else:
+            names = {count: "N", float: "X", str: "TEXT"}
+            parser.add_argument(flag, type=self.type, metavar=names[self.type], help=f"{self.help}{shown}")
+
+
+ENGINE_OPTIONS = (
+    Option("tokenizer", str, None, "folder to take the tokenizer from (default: the model's)"),
+    Option("dtype", str, "auto", "auto (the checkpoint's), bfloat16 or float32"),
+    Option("max_model_len", count, None, "longest prompt + output in tokens (default: the model's, at most 32,768)"),
+    Option("max_num_seqs", count, 64, "rows that run at once"),
+    Option("max_num_batched_tokens", count, 2048, "token budget of one step"),
+    Option("page_size", count, 16, "tokens a page of the KV cache"),
+    Option("num_pages", count, None, "pages in the pool (default: what memory allows)"),
+    Option("gpu_memory_utilization", float, 0.9, "share of the accelerator's memory to use"),
+    Option("tensor_parallel_size", count, 1, "devices the model is cut over"),
+    Option("enable_prefix_caching", bool, True, "share the pages of equal prompt beginnings"),
+    Option("seed", count, 0, "seeds of requests that have none follow from it"),
+    Option("max_decode_rounds", count, 8, "decode rounds fused into one device call while nobody waits"),
+    Option("max_waiting", count, 4096, "requests that may queue"),
+    Option("attention", str, None, "attention implementation by name (default: the best that serves the model)"),
+    Option("compile_cache", str, None, 'folder of the compile cache, or "off"'),
+)
+"""Arguments of LLM; a test compares names and defaults with it."""
+
+SAMPLING_OPTIONS = (
+    Option("max_tokens", count, 128, "longest output in tokens"),
+    Option("temperature", float, None, "0 is greedy (default: the model's)"),
+    Option("top_p", float, None, "smallest set of tokens with this much probability"),
+    Option("top_k", count, None, "most likely tokens to choose from; 0 is all"),
+    Option("min_p", float, None, "least probability, as a share of the most likely token's"),
+)

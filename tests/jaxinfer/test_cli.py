@@ -1,0 +1,323 @@
+"""The command line: fast help, mistakes answered in one line, and each command passes on what it was given."""
+
+import argparse
+import dataclasses
+import inspect
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jaxinfer import cli, doctor, options, quick_bench
+from jaxinfer.errors import OutOfMemory
+from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
+from jaxinfer.types import RequestStats, SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("generate", "chat", "serve", "convert", "bench", "doctor")
+HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+MAX_HELP_SECONDS = 0.3
+
+
+class FakeLLM:
+    """Answers every prompt with its own text in capitals, in pieces of four characters."""
+
+    def __init__(self, model: str, **arguments):
+        self.model, self.arguments, self.calls = model, arguments, []
+        self.core = SimpleNamespace(info=SimpleNamespace(vocab_size=100))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.6, top_p=0.95)
+
+    def generate(self, prompts, params, use_tqdm=True):
+        self.calls.append((prompts, params))
+        return [self.output(prompt) for prompt in prompts]
+
+    def output(self, prompt) -> RequestOutput:
+        text = prompt.upper() if isinstance(prompt, str) else ""
+        stats = RequestStats(arrival=1.0, first_token=1.5, finished=2.5, num_prompt_tokens=4, num_output_tokens=3)
+        sample = CompletionOutput(0, text, [1, 2, 3], finish_reason="length")
+        return RequestOutput(
+            "r", prompt if isinstance(prompt, str) else None, [1, 2, 3, 4], None, [sample], True, stats
+        )
+
+    def stream(self, prompt, params):
+        self.calls.append((list(prompt), params))
+        text = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).upper()
+        yield from (Delta("r", 0, text[start : start + 4]) for start in range(0, len(text), 4))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeLLM]:
+    """The LLMs that a command makes, all fakes."""
+    llms: list[FakeLLM] = []
+
+    def make(model: str, **arguments):
+        llms.append(FakeLLM(model, **arguments))
+        return llms[-1]
+
+    monkeypatch.setattr("jaxinfer.LLM", make, raising=False)
+    return llms
+
+
+# Help.
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "jaxinfer.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_never_imports_jax(arguments):
+    result = run(*arguments)
+    assert result.returncode == 0
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"jax", "jaxlib", "numpy", "grpc", "flax", "tokenizers"}
+
+
+@pytest.mark.parametrize("arguments", HELP[:3], ids=" ".join)
+def test_help_is_fast(arguments):
+    def seconds() -> float:
+        # Processor time, best of several: on a busy machine the clock on the wall measures the others.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "jaxinfer.cli", *arguments], cwd=ROOT, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(5)) < MAX_HELP_SECONDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and cli.EXIT_CODES in text
+    example = text.partition("example:\n  ")[2].partition("\n")[0]
+    words = example.replace('"', "").split()
+    assert words[:2] == ["jaxinfer", command]
+    args, unknown = cli.make_parser().parse_known_args(words[1:])
+    assert args.run.__name__ == command and not unknown
+
+
+# Mistakes.
+
+MISTAKES = [
+    (["generate", "--max-token", "3", "x"], "unknown option --max-token; did you mean --max-tokens?"),
+    (["serve", "--prot=1"], "unknown option --prot=1; did you mean --port?"),
+    (["convert", "a", "b", "c"], "unexpected c"),
+    (["serve", "a", "b"], "unexpected b"),
+    (["serve", "--model", "a", "b"], "unexpected b"),
+    (["genrate"], "unknown command 'genrate'; did you mean generate?"),
+    (["xyzzy"], "unknown command 'xyzzy' ("),
+    ([], "required: COMMAND"),
+    (["generate", "--max-tokens", "many"], "'many' is not a whole number"),
+    (["serve", "--port", "x"], "--port"),
+    (["convert", "a", "b", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), MISTAKES, ids=lambda value: value if isinstance(value, str) else None
+)
+def test_a_mistake_is_answered_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == cli.EXIT_USAGE
+    assert message in error and error.count("\n") == 1 and "--help" in error
+
+
+WORDS = [
+    (["generate", "m", "a", "b"], "m", ["a", "b"]),
+    (["generate", "m", "--max-tokens", "5", "a"], "m", ["a"]),
+    (["generate", "--max-tokens", "5", "m", "a"], "m", ["a"]),
+    (["generate", "a", "--model", "m", "b"], "m", ["a", "b"]),
+    (["serve", "--port", "1", "m"], "m", None),
+    (["serve", "m", "--port", "1"], "m", None),
+    (["serve", "--port", "1"], "demo", None),
+    (["doctor", "--model", "m"], "m", None),
+]
+
+
+@pytest.mark.parametrize(("arguments", "model", "prompts"), WORDS, ids=str)
+def test_words_may_stand_before_and_after_options(arguments, model, prompts, made, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("jaxinfer.doctor.examine", lambda model: seen.append(model) or doctor.Findings())
+    monkeypatch.setattr("serve.server.serve", lambda make, config: seen.append(make() and made[0].model) or 0)
+    assert cli.main(arguments) == 0
+    if prompts is None:
+        assert seen == [model]
+    else:
+        assert made[0].model == model
+        assert capsys.readouterr().out.replace("--- ", "").lower().split()[-1] == prompts[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("512", 512), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2M", 2**21), ("1m", 10**6), ("1_000", 1000), ("0", 0)],
+)
+def test_count(text, value):
+    assert options.count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.5", "1.0001k", "1e3", "4G", "99999999999", "1 k", "1kb", "٣"])
+def test_count_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
+        options.count(text)
+
+
+ERRORS = [
+    (OutOfMemory("too little\n  table\n  of memory"), 1, "jaxinfer: too little table of memory\n"),
+    (FileNotFoundError(2, "No such file", "x"), 1, "jaxinfer: [Errno 2] No such file: 'x'\n"),
+    (KeyboardInterrupt(), 130, ""),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ERRORS, ids=lambda value: type(value).__name__)
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error, code, text):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jaxinfer.LLM", fail, raising=False)
+    assert cli.main(["generate", "x"]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr("jaxinfer.LLM", fail, raising=False)
+    with pytest.raises(AssertionError):
+        cli.main(["generate", "x"])
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m jaxinfer.cli generate --help | head -n 1"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+
+
+# Commands.
+
+
+def test_engine_options_are_those_of_llm():
+    from jaxinfer.offline import LLM
+
+    parameters = inspect.signature(LLM.__init__).parameters
+    ours = {option.name for option in options.ENGINE_OPTIONS}
+    assert ours | {"self", "model", "quiet", "block_size"} == set(parameters)
+    computed = {"page_size": 16}  # None there, so that its alias can be told apart
+    for option in options.ENGINE_OPTIONS:
+        assert option.default == computed.get(option.name, parameters[option.name].default), option.name
+
+
+def test_sampling_options_are_fields():
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert {option.name for option in options.SAMPLING_OPTIONS} <= names
+
+
+def test_generate_streams_one_prompt(made, capsys):
+    arguments = [
+        "generate",
+        "--model",
+        "m",
+        "--max-model-len",
+        "1K",
+        "--no-enable-prefix-caching",
+        "--temperature",
+        "0",
+    ]
+    assert cli.main([*arguments, "--stop", "a", "--stop", "b", "hello there"]) == 0
+    assert capsys.readouterr().out == "HELLO THERE\n"
+    assert made[0].model == "m"
+    assert made[0].arguments == {"max_model_len": 1024, "enable_prefix_caching": False, "quiet": False}
+    ((prompt, params),) = made[0].calls
+    assert "".join(prompt) == "hello there"
+    assert params == SamplingParams(temperature=0.0, top_p=0.95, max_tokens=128, stop=("a", "b"))
+
+
+def test_generate_prints_several_prompts_after_each_other(made, capsys):
+    assert cli.main(["generate", "demo", "a", "b"]) == 0
+    assert capsys.readouterr().out == "--- a\nA\n--- b\nB\n"
+
+
+def test_generate_reads_standard_input_and_writes_json(made, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a b"))
+    assert cli.main(["generate", "--json", "--quiet"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["prompt"], line["text"], line["finish_reason"]) == ("a b", "A B", "length")
+    assert made[0].arguments == {"quiet": True}
+
+
+def test_chat_keeps_the_conversation_until_it_is_reset(made, capsys, monkeypatch):
+    lines = iter(["hi", "", "again", "/reset", "new", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", "--system", "be brief"]) == 0
+    assert capsys.readouterr().out == "HI\nAGAIN\nNEW\n"
+    roles = [[message["role"] for message in prompt] for prompt, _ in made[0].calls]
+    assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+
+
+def test_chat_ends_with_its_input(made, monkeypatch):
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert cli.main(["chat"]) == 0
+
+
+def test_serve_hands_over_a_core(made, monkeypatch):
+    from serve import server
+
+    seen = []
+
+    def serve(core_factory, config):
+        seen.append((core_factory(), config))
+        return 1
+
+    monkeypatch.setattr(server, "serve", serve)
+    assert cli.main(["serve", "--port", "0", "--drain-seconds", "2", "--max-num-seqs", "8"]) == 1
+    ((core, config),) = seen
+    assert core is made[0].core and made[0].arguments["max_num_seqs"] == 8
+    assert config == server.ServerConfig(host="127.0.0.1", port=0, drain_seconds=2.0)
+
+
+def test_convert_writes_a_folder_once(tmp_path, capsys):
+    target = tmp_path / "converted"
+    assert cli.main(["convert", "demo-draft", str(target), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == f"wrote {target}\n"
+    assert (target / "config.json").is_file() and (target / "tokenizer.json").is_file()
+    assert cli.main(["convert", "demo-draft", str(target)]) == 1
+    error = capsys.readouterr().err
+    assert "exists already" in error and error.count("\n") == 1
+
+
+def test_bench_measures(made, capsys):
+    assert cli.main(["bench", "--num-prompts", "5", "--input-len", "4", "--output-len", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["num_prompt_tokens"], result["num_output_tokens"]) == (20, 15)
+    assert result["ttft"] == [0.5] * 3 and result["itl"] == [0.5] * 3
+    warm, (prompts, params) = made[0].calls
+    assert warm[1].max_tokens == 1
+    assert len(prompts) == 5 and all(len(prompt) == 4 for prompt in prompts) and params.ignore_eos
+    assert "first token, ms" in quick_bench.summary(quick_bench.Load(1, 1, 1), 1.0, []).table()
+
+
+def test_bench_refuses_nothing_to_do(made, capsys):
+    assert cli.main(["bench", "--num-prompts", "0"]) == 1
+    assert capsys.readouterr().err == "jaxinfer: num_prompts: must be at least 1, got 0\n"

@@ -1,0 +1,55 @@
+"""Facts about the compiled programs that speed and memory depend on, read from the programs themselves."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
+from jaxinfer.executor import Executor
+from jaxinfer.models import make_decoder
+from jaxinfer.params import init_params
+from jaxinfer.programs import declare
+
+CONFIG = ModelConfig(
+    family="llama", vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5, rope=RopeConfig(), windows=(0, 0, 0))
+ENGINE = EngineConfig(max_model_len=256, num_pages=4096, page_size=16, max_num_seqs=8, max_num_batched_tokens=64,
+                      token_buckets=(64,), row_buckets=(8,))
+
+
+@pytest.fixture(scope="module")
+def executor():
+    model = make_decoder(CONFIG, dtype=jnp.float32, page_size=16)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return Executor(model, init_params(CONFIG, dtype=jnp.float32), ENGINE, place)
+
+
+@pytest.fixture(scope="module")
+def compiled(executor):
+    programs = declare(executor.signature)
+    return {key: program.compile() for key, program in programs.items() if key[0] in ("prefill", "decode")}
+
+
+def test_pages_and_row_state_are_written_in_place(executor, compiled):
+    """Donated bytes are aliased, and temporaries stay far below one copy of the pages (as DESIGN section 1 wants)."""
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.signature.state))
+    pages = executor.signature.state.kv_pages.nbytes
+    for key, program in compiled.items():
+        analysis = program.memory_analysis()
+        assert analysis.alias_size_in_bytes >= state, key
+        assert analysis.temp_size_in_bytes < pages / 8, key
+
+
+def test_no_weight_is_copied(executor, compiled):
+    """Weights are the arguments of matmuls as they lie in memory: no copy or transpose of a whole projection."""
+    for key, program in compiled.items():
+        for line in program.as_text().splitlines():
+            copied = " copy(" in line or " transpose(" in line
+            assert not (copied and "f32[32,64]" in line.split("=")[-1].split("(")[0]), (key, line)
+
+
+def test_few_programs_are_declared(executor):
+    """The default buckets of a server, without a model: at most 24 programs."""
+    assert len(declare(executor.signature)) == 1 + 3 + 3
+    server = EngineConfig(max_model_len=32_768, num_pages=10_000, max_num_seqs=256, max_num_batched_tokens=8192)
+    assert len(server.token_buckets) + 3 * len(server.row_buckets) + 3 <= 24
