@@ -1,0 +1,173 @@
+"""Between the event loop and the engine's thread: requests in, chunks out, one wake-up of the loop an engine step.
+
+Everything but `Bridge.deliver` runs on the event loop, so streams need no locks.
+"""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from jaxinfer.core import EngineHandle
+from jaxinfer.errors import EngineClosed
+from jaxinfer.types import Request, TokenChunk
+
+Consume = Callable[[TokenChunk], bool]
+"""Takes a chunk when it arrives and tells whether the reader should look. It must bound what it keeps."""
+
+
+class Stream:
+    """One request on its way through the engine, as an async context manager.
+
+    It ends exactly once: when the last sample has ended, when the engine gives the request up or the consumer fails
+    (`wait` raises), or when the reader leaves, which cancels what still runs. What comes later is ignored.
+    """
+
+    __slots__ = ("_bridge", "_consume", "_error", "_news", "_reader", "_running", "request")
+
+    def __init__(self, bridge: "Bridge", request: Request, consume: Consume):
+        self.request = request
+        self._bridge = bridge
+        self._consume = consume
+        self._running = set(range(request.params.n))
+        self._news = False
+        self._reader: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        # Reached however the reader leaves: at the end, by an error, CancelledError or GeneratorExit.
+        self.cancel()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more chunks can arrive."""
+        return not self._running
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Takes what the engine emitted."""
+        if chunk.error is not None:
+            self._end(chunk.error)
+        elif chunk.index in self._running:
+            try:
+                self._news |= self._consume(chunk)
+            except BaseException as error:  # also a panic of a Rust library: it is this request's problem only
+                self.fail(error)
+                return
+            if chunk.finish_reason is not None:
+                self._end_sample(chunk.index)
+            if self._news and self._reader is not None:
+                self._wake()
+
+    async def wait(self) -> bool:
+        """Waits until there is something to read, and says whether there is; then False for ever. Raises the error."""
+        if not self._news and self._running:
+            self._reader = self._bridge.loop.create_future()
+            await self._reader
+        if self._news:
+            self._news = False
+            return True
+        if self._error is not None:
+            raise self._error
+        return False
+
+    def cancel_sample(self, index: int) -> None:
+        """Ends one sample from our side (a stop string matched)."""
+        if index in self._running:
+            self._bridge.engine.cancel(self.request.id, index)
+            self._end_sample(index)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the request from our side, with an error for the reader."""
+        if self._running:
+            self._bridge.engine.cancel(self.request.id)
+            self._end(error)
+
+    def cancel(self) -> None:
+        """Ends the request from our side, for good."""
+        if self._running:
+            self._bridge.engine.cancel(self.request.id)
+            self._end(None)
+
+    def _end_sample(self, index: int) -> None:
+        self._running.discard(index)
+        if not self._running:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._running.clear()
+        self._error = error
+        self._bridge.forget(self)
+        self._wake()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+
+
+class Bridge:
+    """One for a loop and an engine. It is the one consumer of all its requests, so a step is one `deliver`."""
+
+    def __init__(self, engine: EngineHandle, loop: asyncio.AbstractEventLoop):
+        self.engine = engine
+        self.loop = loop
+        self._streams: dict[str, Stream] = {}
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._arrived: list[list[TokenChunk]] = []
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that run or wait in the engine."""
+        return len(self._streams)
+
+    def open(self, request: Request, consume: Consume) -> Stream:
+        """Submits a request. Raises Overloaded or EngineClosed.
+
+        The engine knows it by a name that is used once: clients repeat their ids, and a chunk of the old request must
+        never reach the new one.
+        """
+        request = replace(request, id=f"{request.id}/{next(self._numbers)}")
+        stream = self._streams[request.id] = Stream(self, request, consume)
+        try:
+            self.engine.submit(request, self)
+        except BaseException:
+            self.forget(stream)
+            raise
+        return stream
+
+    def forget(self, stream: Stream) -> None:
+        """Chunks of this stream are ignored from now on."""
+        self._streams.pop(stream.request.id, None)
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with `error`, in the engine too."""
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+
+    def deliver(self, chunks: list[TokenChunk]) -> None:
+        """Takes a step's chunks, on the engine's thread. A loop that lags is woken once for many steps."""
+        with self._lock:
+            self._arrived.append(chunks)
+            if len(self._arrived) > 1:
+                return
+        try:
+            self.loop.call_soon_threadsafe(self._distribute)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            raise EngineClosed("the service has stopped") from None
+
+    def _distribute(self) -> None:
+        # All streams' texts and messages are made here, one after the other, before any of them is sent: doing the
+        # same work many times over is much cheaper than doing it between the sends, with cold caches.
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+        streams = self._streams
+        for chunks in arrived:
+            for chunk in chunks:
+                stream = streams.get(chunk.request_id)
+                if stream is not None:
+                    stream.put(chunk)

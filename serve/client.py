@@ -1,0 +1,282 @@
+"""A small typed client. Needs grpcio and protobuf only: importing it never imports jax or the engine.
+
+    with Client("127.0.0.1:50051") as client:
+        client.wait_ready()
+        print(client.generate("def fibonacci(n):", max_tokens=64).text)
+
+Errors are `grpc.RpcError`: `error.code()` says what kind (the kinds are listed in generation.proto), `error.details()`
+what to do about it. Every call takes `timeout`, the RPC's deadline in seconds.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Self, TypedDict, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxinfer.core import Load, ModelInfo
+from serve import answers
+from serve.answers import Completion, Delta, Timings, TokenLogprob, Usage
+from serve.protos.jaxinfer.v1 import generation_pb2 as pb
+from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages: {"role": .., "content": ..}."""
+
+POLL_SECONDS = 0.05
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # the default second is long for a server that is just starting
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+
+class Sampling(TypedDict, total=False):
+    """How to sample; what is left out (or None) takes the server's default. `jaxinfer.SamplingParams` explains each."""
+
+    n: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    max_tokens: int | None
+    min_tokens: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    include_stop_str_in_output: bool | None
+    detokenize: bool | None
+    skip_special_tokens: bool | None
+
+
+class Envelope(Sampling, total=False):
+    """What goes beside the prompt. priority: lower runs first. cache_salt: prefixes are shared within one salt only."""
+
+    request_id: str | None
+    priority: int | None
+    cache_salt: str | None
+
+
+class _Ending:
+    """What a stream's messages bring besides deltas."""
+
+    def __init__(self):
+        self.request_id = ""
+        self.usage: Usage | None = None
+        self.timings: Timings | None = None
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    def read(self, message: pb.GenerateStreamResponse) -> list[Delta]:
+        self.request_id = message.request_id or self.request_id
+        self.prompt_logprobs += answers.token_logprobs(message.prompt_logprobs)
+        if message.HasField("usage"):
+            self.usage, self.timings = answers.usage(message.usage), answers.timings(message.timings)
+        return [Delta.read(one) for one in message.deltas]
+
+
+class Stream(_Ending):
+    """Iterates over deltas. usage and timings are there at the end; leaving it early cancels the request."""
+
+    def __init__(self, call: Any):
+        super().__init__()
+        self._call = call
+
+    def __iter__(self) -> Iterator[Delta]:
+        for message in self._call:
+            yield from self.read(message)
+
+    def cancel(self) -> None:
+        """Ends the request; the server frees its memory within a step."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.cancel()
+
+
+class AsyncStream(_Ending):
+    """`Stream` for asyncio: `async for`, `async with`."""
+
+    def __init__(self, call: Any):
+        super().__init__()
+        self._call = call
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for message in self._call:
+            for delta in self.read(message):
+                yield delta
+
+    def cancel(self) -> None:
+        """Ends the request; the server frees its memory within a step."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.cancel()
+
+
+class Client:
+    """Blocking client of one server; thread-safe."""
+
+    def __init__(self, address: str = "127.0.0.1:50051"):
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Envelope]) -> Completion:
+        """Generates to the end."""
+        return Completion.read(self._stub.Generate(request_message(prompt, options), timeout=timeout))
+
+    def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Envelope]) -> Stream:
+        """Generates, and yields what is new as it comes."""
+        return Stream(self._stub.GenerateStream(request_message(prompt, options), timeout=timeout))
+
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, add_special_tokens: bool | None = None,
+                 timeout: float | None = None) -> list[int]:
+        """Token ids of text or chat messages, as the server would read them."""
+        return list(self._stub.Tokenize(tokenize_message(prompt, add_special_tokens), timeout=timeout).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None,
+                   timeout: float | None = None) -> str:
+        request = pb.DetokenizeRequest(token_ids=token_ids, **_given(skip_special_tokens=skip_special_tokens))
+        return self._stub.Detokenize(request, timeout=timeout).text
+
+    def model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        return answers.model_info(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
+
+    def load(self, *, timeout: float | None = None) -> Load:
+        """How busy the engine is."""
+        return answers.load(self._stub.GetLoad(pb.GetLoadRequest(), timeout=timeout))
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Waits until the server has loaded its model. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not self._is_serving(timeout=max(deadline - time.monotonic(), POLL_SECONDS)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.address} was not ready after {timeout:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _is_serving(self, timeout: float) -> bool:
+        try:
+            return is_serving(self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout))
+        except grpc.RpcError:
+            return False
+
+
+class AsyncClient:
+    """Client for asyncio; make it inside a running loop."""
+
+    def __init__(self, address: str = "127.0.0.1:50051"):
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def generate(self, prompt: Prompt, *, timeout: float | None = None,
+                       **options: Unpack[Envelope]) -> Completion:
+        """Generates to the end."""
+        return Completion.read(await self._stub.Generate(request_message(prompt, options), timeout=timeout))
+
+    def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Envelope]) -> AsyncStream:
+        """Generates, and yields what is new as it comes."""
+        return AsyncStream(self._stub.GenerateStream(request_message(prompt, options), timeout=timeout))
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, add_special_tokens: bool | None = None,
+                       timeout: float | None = None) -> list[int]:
+        """Token ids of text or chat messages, as the server would read them."""
+        response = await self._stub.Tokenize(tokenize_message(prompt, add_special_tokens), timeout=timeout)
+        return list(response.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None,
+                         timeout: float | None = None) -> str:
+        request = pb.DetokenizeRequest(token_ids=token_ids, **_given(skip_special_tokens=skip_special_tokens))
+        return (await self._stub.Detokenize(request, timeout=timeout)).text
+
+    async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        return answers.model_info(await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
+
+    async def load(self, *, timeout: float | None = None) -> Load:
+        """How busy the engine is."""
+        return answers.load(await self._stub.GetLoad(pb.GetLoadRequest(), timeout=timeout))
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Waits until the server has loaded its model. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not await self._is_serving(timeout=max(deadline - time.monotonic(), POLL_SECONDS)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.address} was not ready after {timeout:g} s")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _is_serving(self, timeout: float) -> bool:
+        try:
+            return is_serving(await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout))
+        except grpc.RpcError:
+            return False
+
+
+def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
+    """The wire's request; only what was given is set. Raises TypeError on an unknown option."""
+    given = _given(**options)
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    envelope = {name: given.pop(name) for name in ("request_id", "priority", "cache_salt") if name in given}
+    unknown = given.keys() - Sampling.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options {', '.join(sorted(unknown))}")
+    request = pb.GenerateRequest(sampling=pb.SamplingParams(**given), **envelope)
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.chat.CopyFrom(chat_prompt(prompt))
+    else:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))  # pyright: ignore[reportArgumentType]
+    return request
+
+
+def tokenize_message(prompt: str | Sequence[Mapping[str, str]], add_special_tokens: bool | None) -> pb.TokenizeRequest:
+    request = pb.TokenizeRequest(**_given(add_special_tokens=add_special_tokens))
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.chat.CopyFrom(chat_prompt(prompt))
+    return request
+
+
+def chat_prompt(messages: Sequence[Any]) -> pb.ChatPrompt:
+    return pb.ChatPrompt(messages=[pb.ChatMessage(**message) for message in messages])
+
+
+def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    return response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,181 @@
+"""Protobuf messages to the core's types and back; the only place that knows both."""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxinfer.core import Load, ModelInfo
+from jaxinfer.errors import InvalidRequest
+from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
+from jaxinfer.types import RequestStats, SamplingParams
+from jaxinfer.validation import resolve
+from serve.protos.jaxinfer.v1 import generation_pb2 as pb
+
+MAX_TOKENS_PER_MESSAGE = 1024
+"""A message takes no more tokens once it has this many; with 20 log-probabilities each it stays under gRPC's 4 MiB."""
+
+FINISH_REASONS: Mapping[str, pb.FinishReason] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+SCALARS = (bool, int, float, str)
+
+PromptMessage = pb.GenerateRequest | pb.TokenizeRequest
+
+
+# ---- requests
+
+
+def prompt(message: PromptMessage) -> str | list[int] | list[dict[str, str]]:
+    """The prompt in one of the forms that `Intake` reads. Raises InvalidRequest."""
+    kind = message.WhichOneof("prompt")
+    if kind == "text":
+        return message.text
+    if kind == "chat":
+        return chat_messages(message.chat)
+    if kind == "token_ids" and isinstance(message, pb.GenerateRequest):
+        return list(message.token_ids.ids)
+    choices = " or ".join(one.name for one in message.DESCRIPTOR.oneofs_by_name["prompt"].fields)
+    raise InvalidRequest("prompt", f"is missing; set {choices}")
+
+
+def chat_messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
+    """Messages as templates know them. Raises InvalidRequest."""
+    if not chat.messages:
+        raise InvalidRequest("chat.messages", "is empty; give at least one message")
+    for position, message in enumerate(chat.messages):
+        for name in ("role", "content"):
+            if not message.HasField(name):
+                raise InvalidRequest(f"chat.messages[{position}].{name}", "is missing")
+    return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
+    """The fields that were set, over `defaults`: both sides use the same names."""
+    sent: dict[str, Any] = {one.name: value if isinstance(value, SCALARS) else tuple(value)
+                            for one, value in message.ListFields()}
+    return resolve(sent, defaults)
+
+
+def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Ids to be turned into text. Raises InvalidRequest."""
+    for bad in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= bad < vocab_size:
+            raise InvalidRequest("token_ids", f"token id {bad} is not in the vocabulary, [0, {vocab_size})")
+    return list(ids)
+
+
+# ---- responses
+
+
+class Outbox:
+    """Deltas that wait to be sent, as messages: what comes while the reader is busy joins the message that waits."""
+
+    def __init__(self, request_id: str, params: SamplingParams, has_text: bool):
+        self.messages: deque[pb.GenerateStreamResponse] = deque()
+        """Oldest first; whoever sends one takes it out, and then it grows no more."""
+        self._request_id: str | None = request_id
+        self._params = params
+        self._has_text = has_text
+        self._room = 0
+
+    def add(self, delta: Delta) -> None:
+        """It runs for every token, so what is not there costs nothing."""
+        if not self.messages or self._room <= 0:
+            entry = self._begin().deltas.add(index=delta.index)
+        else:
+            entry = entry_of(self.messages[-1], delta.index)
+        entry.token_ids.extend(delta.token_ids)
+        if self._has_text:
+            entry.text += delta.text
+        self._room -= len(delta.token_ids)
+        if delta.logprobs is not None:
+            entry.logprobs.extend(logprobs_messages(delta.logprobs, self._params.logprobs))
+        if delta.finish_reason is not None:
+            set_finish(entry, delta.finish_reason, delta.stop_reason)
+
+    def add_prompt_logprobs(self, found: Sequence[PositionLogprobs | None]) -> None:
+        """In pieces: those of a long prompt would not fit into one message."""
+        for start in range(0, len(found), MAX_TOKENS_PER_MESSAGE):
+            piece = found[start:start + MAX_TOKENS_PER_MESSAGE]
+            self.messages.append(pb.GenerateStreamResponse(
+                prompt_logprobs=logprobs_messages(piece, self._params.prompt_logprobs)))
+        self._room = 0
+
+    def close(self, stats: RequestStats) -> None:
+        """Puts usage and timings on the last message, which the last delta has just made or joined."""
+        self.messages[-1].usage.CopyFrom(usage(stats))
+        self.messages[-1].timings.CopyFrom(timings(stats))
+
+    def _begin(self) -> pb.GenerateStreamResponse:
+        message = pb.GenerateStreamResponse()
+        if self._request_id is not None:
+            message.request_id, self._request_id = self._request_id, None
+        self.messages.append(message)
+        self._room = MAX_TOKENS_PER_MESSAGE
+        return message
+
+
+def entry_of(message: pb.GenerateStreamResponse, index: int) -> pb.Completion:
+    """The delta of sample `index`, made if it is not there."""
+    return next((entry for entry in message.deltas if entry.index == index), None) or message.deltas.add(index=index)
+
+
+def completion(output: CompletionOutput, params: SamplingParams, has_text: bool) -> pb.Completion:
+    """One whole sample."""
+    message = pb.Completion(index=output.index, text=output.text if has_text else None, token_ids=output.token_ids)
+    if output.logprobs is not None:
+        message.logprobs.extend(logprobs_messages(output.logprobs, params.logprobs))
+    if output.finish_reason is not None:
+        set_finish(message, output.finish_reason, output.stop_reason)
+    return message
+
+
+def set_finish(message: pb.Completion, finish_reason: str, stop_reason: int | str | None) -> None:
+    message.finish_reason = FINISH_REASONS[finish_reason]
+    if isinstance(stop_reason, str):
+        message.stop_string = stop_reason
+    elif stop_reason is not None:
+        message.stop_token_id = stop_reason
+
+
+def logprobs_messages(positions: Iterable[PositionLogprobs | None], limit: int | None) -> list[pb.TokenLogprob]:
+    """The chosen token of each position, and its `limit` most likely ones; positions without any are left out."""
+    return [_position(entries, limit or 0) for entries in positions if entries]
+
+
+def _position(entries: PositionLogprobs, limit: int) -> pb.TokenLogprob:
+    (token_id, chosen), *_ = entries.items()  # the chosen token comes first
+    message = pb.TokenLogprob(token_id=token_id, logprob=chosen.logprob, rank=chosen.rank, text=chosen.decoded_token)
+    likely = sorted((entry.rank, id) for id, entry in entries.items() if entry.rank is not None and entry.rank <= limit)
+    for rank, id in likely:
+        message.top.add(token_id=id, logprob=entries[id].logprob, rank=rank, text=entries[id].decoded_token)
+    return message
+
+
+def usage(stats: RequestStats) -> pb.Usage:
+    """`scheduled` is 0 where the engine has not reported; then cached tokens are unknown, which is not none."""
+    return pb.Usage(prompt_tokens=stats.num_prompt_tokens, output_tokens=stats.num_output_tokens,
+                    cached_tokens=stats.num_cached_tokens if stats.scheduled else None)
+
+
+def timings(stats: RequestStats) -> pb.Timings:
+    return pb.Timings(
+        queue=stats.scheduled - stats.arrival if stats.scheduled else None, ttft=stats.first_token - stats.arrival,
+        decode=stats.finished - stats.first_token, total=stats.finished - stats.arrival,
+        preemptions=stats.num_preemptions)
+
+
+def model_info(info: ModelInfo) -> pb.GetModelInfoResponse:
+    return pb.GetModelInfoResponse(
+        name=info.name, family=info.family, vocab_size=info.vocab_size, max_model_len=info.max_model_len,
+        dtype=info.dtype, num_parameters=info.num_parameters, eos_token_ids=info.eos_token_ids,
+        has_tokenizer=info.has_tokenizer, has_chat_template=info.has_chat_template)
+
+
+def load(load: Load) -> pb.GetLoadResponse:
+    return pb.GetLoadResponse(
+        num_running=load.num_running, num_waiting=load.num_waiting, num_waiting_tokens=load.num_waiting_tokens,
+        pages_used=load.pages_used, pages_cached=load.pages_cached, pages_total=load.pages_total)

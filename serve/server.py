@@ -1,0 +1,232 @@
+"""The gRPC server: binds at once, loads the model behind it, serves, drains.
+
+    bound -> loading (health NOT_SERVING) -> ready (SERVING) -> draining (NOT_SERVING) -> stopped
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jaxinfer.core import Core
+from jaxinfer.errors import InvalidConfig
+from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
+from serve.services import SERVICE_NAME, GenerationService
+
+log = logging.getLogger(__name__)
+
+CLOSE_GRACE_SECONDS = 1.0
+"""What calls get to send their last message once draining is over."""
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # two servers on one port must fail, not share it
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
+    ("grpc.keepalive_time_ms", 60_000),  # finds clients whose network is gone, so that their pages are freed
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # gateways ping idle channels every 30 s
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where to listen and how to stop. port: 0 takes a free one. drain_seconds: what running calls get to finish."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_seconds: float = 30.0
+
+    def __post_init__(self):
+        if not 0 <= self.port <= 65535:
+            raise InvalidConfig("port", f"must be in [0, 65535], got {self.port}; 0 takes a free one")
+        if not 0 <= self.drain_seconds <= threading.TIMEOUT_MAX:
+            raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
+
+    def address(self, port: int) -> str:
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+
+class Server:
+    """The server and its three states. Lives on one event loop; signals and threads are `serve`'s."""
+
+    def __init__(self, config: ServerConfig):
+        self.config = config
+        self.service = GenerationService()
+        self.port = 0
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        self._core: Core | None = None
+
+    @property
+    def address(self) -> str:
+        return self.config.address(self.port)
+
+    async def start(self) -> int:
+        """Binds and answers health checks with NOT_SERVING; returns the port. Raises InvalidConfig."""
+        pb_grpc.add_GenerationServiceServicer_to_server(self.service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        wanted = self.config.address(self.config.port)
+        try:
+            self.port = self._server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise InvalidConfig("port", f"cannot listen on {wanted}: in use or not allowed; choose another") from error
+        await self._server.start()
+        return self.port
+
+    async def ready(self, core: Core) -> None:
+        """Serves `core` from now on; it must be warm."""
+        self._core = core
+        self.service.attach(core)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, now: asyncio.Event | None = None) -> bool:
+        """NOT_SERVING, no new calls, drain_seconds for the running ones (until `now` is set), then closes the engine.
+
+        Returns whether all calls could finish.
+        """
+        await self._health.enter_graceful_shutdown()
+        self.service.refuse_new("the server is stopping; send the request elsewhere")
+        drained = await self._drain(now or asyncio.Event())
+        self.service.fail_running("the server was stopped before the request was finished")
+        await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
+        if self._core is not None:
+            await asyncio.to_thread(self._core.engine.close)
+        return drained
+
+    async def _drain(self, now: asyncio.Event) -> bool:
+        # Not by server.stop(grace): that would wait for endless calls like health's Watch, and refuse health checks.
+        drained = asyncio.create_task(self.service.calls.wait_idle(self.config.drain_seconds))
+        hurry = asyncio.create_task(now.wait())
+        await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        return drained.result() if drained.done() else not drained.cancel()
+
+    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+
+class Stops:
+    """SIGTERM and SIGINT: the first asks to stop, the second to stop at once."""
+
+    def __init__(self):
+        self.asked = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def listen(self) -> None:
+        """Takes the signals over; in the main thread only."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.signal)
+
+    def signal(self) -> None:
+        if self.asked.is_set():
+            self.now.set()
+        self.asked.set()
+
+
+class Loading:
+    """Makes the core in a thread of its own, so that health answers meanwhile.
+
+    The thread is a daemon: loading cannot be interrupted, and a stop must not wait for it.
+    """
+
+    def __init__(self, core_factory: Callable[[], Core]):
+        self.done: asyncio.Future[Core] = asyncio.get_running_loop().create_future()
+        self._thread = threading.Thread(target=self._run, args=(core_factory,), name="jaxinfer-loading", daemon=True)
+        self._thread.start()
+
+    @property
+    def unfinished(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self, core_factory: Callable[[], Core]) -> None:
+        try:
+            core = core_factory()
+        except BaseException as error:  # re-raised on the loop
+            self._tell(self.done.set_exception, error)
+        else:
+            self._tell(self.done.set_result, core)
+
+    def _tell(self, settle: Callable, outcome: object) -> None:
+        def unless_cancelled() -> None:
+            if not self.done.done():
+                settle(outcome)
+        try:
+            self.done.get_loop().call_soon_threadsafe(unless_cancelled)
+        except RuntimeError:  # the loop is closed: the server was stopped while we loaded
+            log.debug("loaded a model that nobody waits for")
+
+
+def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
+          announce: Callable[[str], None] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code. Call it from the main thread.
+
+    core_factory: loads and warms a model; runs in a thread while health answers NOT_SERVING. announce: gets one
+    line when bound, one when ready and one when stopping (default: standard output). Returns 0 when all calls
+    could finish, 1 when some were cut off. Raises InvalidConfig, and whatever core_factory raises.
+    """
+    return asyncio.run(_serve(core_factory, config or ServerConfig(), announce or _print_line))
+
+
+async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None]) -> int:
+    server, stops, began = Server(config), Stops(), time.monotonic()
+    await server.start()
+    stops.listen()
+    announce(f"listening on {server.address}; loading the model")
+    loading = Loading(core_factory)
+    asked = asyncio.create_task(stops.asked.wait())
+    await asyncio.wait({loading.done, asked}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done.done():
+        await _become_ready(server, loading, announce, began)
+        await asked
+    announce(f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
+    drained = await server.stop(stops.now)
+    if loading.unfinished:
+        _exit_now()
+    return 0 if drained else 1
+
+
+async def _become_ready(server: Server, loading: Loading, announce: Callable[[str], None], began: float) -> None:
+    try:
+        core = await loading.done
+        settle_heap()
+        await server.ready(core)
+    except BaseException:
+        await server.stop()
+        raise
+    info = core.info
+    announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
+             f"{info.dtype}), after {time.monotonic() - began:.1f} s")
+
+
+def settle_heap() -> None:
+    """Hides from the garbage collector what loading has made and will not free: a full collection would walk through
+    all of it, some 100 ms with jax, while every stream stands still."""
+    gc.collect()
+    gc.freeze()
+
+
+def _exit_now() -> None:
+    # A daemon thread inside XLA aborts the interpreter's own shutdown, so a stop while loading skips it. Nothing is
+    # lost: files are published by rename only.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
