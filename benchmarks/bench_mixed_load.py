@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 from benchmarks.report import Result, exit_code, report
 from jaxinfer import LLM, SamplingParams
@@ -52,9 +53,8 @@ def load(llm: LLM, seconds: float) -> tuple[int, int]:
         params = [random_params(rng) for _ in prompts]
         outputs = llm.generate(prompts, params, use_tqdm=False, priority=rng.choice([0, 1]))
         tokens += sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-        stream = llm.stream(prompts[0], SamplingParams(max_tokens=100, ignore_eos=True))
-        next(stream)
-        stream.close()
+        with closing(llm.stream(prompts[0], SamplingParams(max_tokens=100, ignore_eos=True))) as stream:
+            next(stream)
         rounds += 1
     return rounds, tokens
 
@@ -73,7 +73,8 @@ def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens, min_tokens=rng.choice([0, 0, min(5, max_tokens)]), n=rng.choice([1, 1, 1, 3]),
         temperature=rng.choice([0.0, 0.7, 1.0, 1.5]), top_k=rng.choice([0, 0, 1, 50]),
-        top_p=rng.choice([1.0, 1.0, 0.9]), min_p=rng.choice([0.0, 0.0, 0.1]), seed=rng.choice([None, 1, -7]), logprobs=rng.choice([None, None, 0, 5]),
+        top_p=rng.choice([1.0, 1.0, 0.9]), min_p=rng.choice([0.0, 0.0, 0.1]), seed=rng.choice([None, 1, -7]),
+        logprobs=rng.choice([None, None, 0, 5]),
         prompt_logprobs=rng.choice([None, None, None, 2]), stop=rng.choice([None, None, ["self"], ["\n\n", "def "]]),
         stop_token_ids=rng.choice([None, None, [17, 300]]), ignore_eos=rng.choice([True, False]))
 

@@ -23,7 +23,7 @@ from jaxinfer.programs import (
     decode_key,
     prefill_key,
 )
-from jaxinfer.results import read_logprobs, read_scores
+from jaxinfer.results import RowLogprobs, read_scores
 from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs
 
 
@@ -126,7 +126,7 @@ class Executor:
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         ids = table[:, :, 0].T.tolist()
         tokens = [[token for token in row if token >= 0] for row in ids]
-        logprobs = read_logprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
+        logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
         return StepResult(tokens, logprobs, self._read_scores(step))
 
     def _read_scores(self, step: InFlight) -> list[list[TokenLogprobs]] | None:
@@ -134,9 +134,10 @@ class Executor:
 
     def logits(self, plan: StepPlan) -> np.ndarray:
         """f32[n, V] of the one prompt chunk in `plan`, a prefill step of the largest bucket."""
-        layout, flat, extra = self._batcher.pack(plan)
+        _, flat, extra = self._batcher.pack(plan)
         self._append(extra)
-        self._state, _, hidden = self._programs[prefill_key(layout)](self._params, self._state, self._put(flat))
+        program = self._programs[prefill_key(self._batcher.prefill[-1])]
+        self._state, _, hidden = program(self._params, self._state, self._put(flat))
         count, chunk = plan.num_tokens, min(steps.SCORE_CHUNK, hidden.shape[0])
         parts = []
         for first in range(0, count, chunk):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from tqdm.auto import tqdm
 
 import checkpoints
+import checkpoints.convert
 from checkpoints import config_reader, orbax_store, placement, rules, tensors
 from checkpoints.errors import CheckpointError
 from checkpoints.families import FAMILIES
@@ -75,6 +76,17 @@ def load_model(
     except CheckpointError as error:
         raise ModelFormatError(str(error)) from error
     return LoadedModel(config, params, folder)
+
+
+def convert(model: str | Path, target: str | Path, dtype: str | None = None) -> None:
+    """Writes a model in our own Orbax form, with its config and tokenizer files, to `target`, which must not exist.
+
+    dtype: of the stored weights; None keeps the file's. Raises ModelFormatError.
+    """
+    try:
+        checkpoints.convert.convert(model_folder(model), target, dtype=None if dtype is None else jnp.dtype(dtype))
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
 
 
 def stored_dtype(folder: Path) -> str | None:

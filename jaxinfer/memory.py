@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -65,8 +66,8 @@ def in_mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def memory_budget(device: jax.Device, utilization: float, weights: int) -> int:
-    """Bytes the engine may use on `device`, the weights that are already there included."""
+def memory_budget(device: Any, utilization: float, weights: int) -> int:
+    """Bytes the engine may use on `device` (a jax.Device), the weights that are already there included."""
     if device.platform == "cpu":
         return weights + int(CPU_SHARE * available_host_memory())
     stats = device.memory_stats() or {}
@@ -90,7 +91,7 @@ def available_host_memory() -> int:
 
 def weight_bytes(params: object) -> int:
     """Bytes of a parameter tree on the device that holds the most of it."""
-    totals: dict[jax.Device, int] = {}
+    totals: dict[Any, int] = {}
     for leaf in jax.tree.leaves(params):
         for shard in leaf.addressable_shards:
             totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes

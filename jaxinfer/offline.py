@@ -2,7 +2,7 @@
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class LLM:
         return self._run(requests, [prompt.text for prompt in prompts], use_tqdm and not self._quiet)
 
     def stream(self, prompt: Promptlike | Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
-               ) -> Iterator[Delta]:
+               ) -> Generator[Delta, None, None]:
         """Deltas of one prompt (or conversation) as they come; their texts never end in half a character.
 
         Closing the iterator cancels the request.
@@ -103,7 +103,7 @@ class LLM:
         request = self.core.intake.request(read, sampling_params)
         return self._stream(request, read.text)
 
-    def _stream(self, request: Request, text: str | None) -> Iterator[Delta]:
+    def _stream(self, request: Request, text: str | None) -> Generator[Delta, None, None]:
         inbox = _Inbox()
         assembler = Assembler(request, self.core.tokenizer, text)
         self.core.engine.submit(request, inbox)

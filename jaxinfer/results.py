@@ -1,14 +1,28 @@
 """Packed i32 results of a step to log-probabilities on the host (`steps.pack_scores` packs them)."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from jaxinfer.types import MAX_LOGPROBS, StepPlan, TokenLogprobs
 
 
-def read_logprobs(table: np.ndarray, tokens: list[list[int]]) -> list[list[TokenLogprobs]]:
-    """Of the sampled tokens of each row; table: i32[rounds, R, W]."""
-    return [[one_score(table[round_, row, 1:], token) for round_, token in enumerate(ids)]
-            for row, ids in enumerate(tokens)]
+@dataclass(frozen=True, slots=True)
+class RowLogprobs(Sequence[list[TokenLogprobs]]):
+    """Of the sampled tokens of each row, unpacked when asked for: most rows of a step may want none.
+
+    table: i32[rounds, R, W]. tokens: a row's sampled ids, one a round.
+    """
+
+    table: np.ndarray
+    tokens: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> list[TokenLogprobs]:  # type: ignore[override]
+        return [one_score(self.table[round_, row, 1:], token) for round_, token in enumerate(self.tokens[row])]
 
 
 def one_score(packed: np.ndarray, token: int) -> TokenLogprobs:

@@ -4,10 +4,12 @@ The host plans a step ahead of what it has read, so lengths, last tokens and sto
 max_num_seqs is kept: the last one is scratch for calls that belong to no row.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.sampling import SamplingRows, row_keys
 from jaxinfer.types import MAX_STOP_IDS
@@ -44,18 +46,15 @@ class RowInits:
 def empty(max_num_seqs: int, max_pages_per_row: int, placement: jax.sharding.Sharding) -> RowState:
     """All slots stopped, on every device of `placement`."""
     slots = max_num_seqs + 1
-
-    def ints() -> np.ndarray:
-        return np.zeros(slots, np.int32)
-
-    def floats() -> np.ndarray:
-        return np.zeros(slots, np.float32)
-
+    ints = partial(jnp.zeros, (slots,), jnp.int32, device=placement)
+    floats = partial(jnp.zeros, (slots,), jnp.float32, device=placement)
     sampling = SamplingRows(
-        key=np.zeros((slots, 2), np.uint32), temperature=floats(), top_k=ints(), top_p=floats(), min_p=floats(),
-        min_position=ints(), stop_ids=np.full((slots, MAX_STOP_IDS), -1, np.int32))
-    table = np.zeros((slots, max_pages_per_row), np.int32)
-    return jax.device_put(RowState(ints(), ints(), ints(), np.ones(slots, bool), table, sampling), placement)
+        key=jnp.zeros((slots, 2), jnp.uint32, device=placement), temperature=floats(), top_k=ints(), top_p=floats(),
+        min_p=floats(), min_position=ints(),
+        stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32, device=placement))
+    return RowState(
+        last_token=ints(), kv_len=ints(), tokens_left=ints(), stopped=jnp.ones((slots,), bool, device=placement),
+        page_table=jnp.zeros((slots, max_pages_per_row), jnp.int32, device=placement), sampling=sampling)
 
 
 def initialise(state: RowState, inits: RowInits) -> RowState:
@@ -69,14 +68,14 @@ def initialise(state: RowState, inits: RowInits) -> RowState:
         temperature=put(old.temperature, inits.temperature), top_k=put(old.top_k, inits.top_k),
         top_p=put(old.top_p, inits.top_p), min_p=put(old.min_p, inits.min_p),
         min_position=put(old.min_position, inits.min_position), stop_ids=put(old.stop_ids, inits.stop_ids))
-    return state.replace(tokens_left=put(state.tokens_left, inits.tokens_left),
+    return replace(state, tokens_left=put(state.tokens_left, inits.tokens_left),
                          stopped=put(state.stopped, False), sampling=sampling)
 
 
 def append_pages(state: RowState, new_pages: jax.Array) -> RowState:
     """The state with pages (slot, index in the table, page id) i32[X, 3] entered; slots out of range are dropped."""
     slot, index, page = new_pages.T
-    return state.replace(page_table=state.page_table.at[slot, index].set(page, mode="drop"))
+    return replace(state, page_table=state.page_table.at[slot, index].set(page, mode="drop"))
 
 
 def advance(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Array, tokens: jax.Array) -> RowState:
@@ -89,7 +88,7 @@ def advance(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Ar
     stop_ids = state.sampling.stop_ids.at[slots].get(mode="clip")
     left = state.tokens_left.at[slots].get(mode="clip") - 1
     hit = jnp.any(stop_ids == tokens[:, None], axis=-1)
-    return state.replace(
+    return replace(state,
         last_token=state.last_token.at[slots].set(tokens, mode="drop"),
         kv_len=state.kv_len.at[slots].set(kv_lens, mode="drop"),
         tokens_left=state.tokens_left.at[slots].set(left, mode="drop"),

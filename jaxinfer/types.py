@@ -4,6 +4,7 @@ Letters as in README.md: R rows of a step, V vocabulary, C tokens a page.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_STOP_IDS = 16
@@ -154,8 +155,8 @@ class StepResult:
     """
 
     tokens: list[list[int]]
-    logprobs: list[list[TokenLogprobs]] | None = None
-    prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    logprobs: Sequence[list[TokenLogprobs]] | None = None
+    prompt_logprobs: Sequence[list[TokenLogprobs]] | None = None
 
 
 @dataclass(slots=True)

@@ -46,7 +46,8 @@ def arrivals(draw):
             arrival=float(index), priority=draw(st.sampled_from([0, 0, 1, -1])),
             temperature=0.0 if stop_ids else draw(st.sampled_from([0.0, 1.0])),
             n=draw(st.sampled_from([1, 1, 1, 3])), min_tokens=min(min_tokens, max_tokens),
-            logprobs=draw(st.sampled_from([None, None, 2])), prompt_logprobs=draw(st.sampled_from([None, None, None, 1])))
+            logprobs=draw(st.sampled_from([None, None, 2])),
+            prompt_logprobs=draw(st.sampled_from([None, None, None, 1])))
         found.append((draw(st.integers(0, 12)), draw(st.sampled_from([None, None, None, 3, 9])), one))
     return found
 

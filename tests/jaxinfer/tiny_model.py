@@ -1,4 +1,4 @@
-"""Writes a tiny random Llama folder that has the demo's tokenizer: real text through a model that compiles in seconds."""
+"""Writes a tiny random Llama folder with the demo's tokenizer: real text through a model that compiles in seconds."""
 
 import json
 import shutil

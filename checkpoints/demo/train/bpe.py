@@ -18,14 +18,15 @@ END_OF_TEXT_ID = 0
 # that off from the indentation it belongs to, a sight the model has never had.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
+    "{% set quotes = '\"' * 3 %}"
     "{% for message in messages %}"
     "{% set content = message['content'] | trim %}"
     "{% if message['role'] == 'assistant' %}"
     "{{ '\\n    ' + content + '\\n\\n\\n' }}"
     "{% elif message['role'] == 'user' %}"
-    "{{ 'def answer():\\n    \"\"\"' + (content | indent(4)) + '\"\"\"' }}"
+    "{{ 'def answer():\\n    ' + quotes + (content | indent(4)) + quotes }}"
     "{% else %}"
-    "{{ '# ' + content | replace('\\n', '\\n# ') + '\\n\\n\\n' }}"
+    "{{ '# ' + (content | replace('\\n', '\\n# ')) + '\\n\\n\\n' }}"
     "{% endif %}"
     "{% endfor %}"
 )
