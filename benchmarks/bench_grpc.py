@@ -1,8 +1,8 @@
 """What the service costs on top of gRPC: CPU of the server's process a streamed token, over that of a bare server.
 
-The bare grpc.aio server sends the same messages, byte for byte, at the same pace. Both run beside each other in processes
-of their own and are measured in turns, in several rounds; the client is this process. Everything of ours is inside the
-figure: the counting engine, the hand-over to the loop, detokenising, the messages, and each request's intake.
+The bare grpc.aio server sends the same messages, byte for byte, at the same pace. Both run beside each other in
+processes of their own and are measured in turns, in several rounds; the client is this process. Everything of ours is
+in the figure: the counting engine, the hand-over to the loop, detokenising, the messages, and each request's intake.
 """
 
 import asyncio
@@ -16,10 +16,11 @@ import grpc
 
 from benchmarks.grpc_servers import ReadyTimes, ServerProcess, server_process
 from benchmarks.report import Result, exit_code, report
+from benchmarks.workloads import is_quick, median_ratio
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 
 METHOD = "/jaxinfer.v1.GenerationService/GenerateStream"
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 7, 1
 TOKENS = {1: 1024, 16: 512, 64: 512}
 """Streams to tokens each of them gets."""
 FLOOR, GOAL = 2.0, 1.3
@@ -71,7 +72,7 @@ def measure(server: ServerProcess, messages: list[pb.GenerateRequest], costs: Co
 
 
 def latencies(ready: ReadyTimes, received: Received) -> list[float]:
-    """Of every message, from when its last tokens were ready to its arrival. Late ones may carry several steps' tokens."""
+    """Of every message, from when its last tokens were ready to its arrival. A late one may carry several steps'."""
     found: list[float] = []
     for request_id, arrived in received.items():
         num_tokens, times = 0, ready[request_id]
@@ -90,15 +91,18 @@ def compare(ours: ServerProcess, bare: ServerProcess, num_streams: int, pair: tu
     """One round: ours, then the bare server with the very messages that ours sent."""
     messages = requests(num_streams, random.Random(seed))
     received = measure(ours, messages, pair[0])
-    bare.load({request_id: [raw for _, raw in arrived] for request_id, arrived in received.items()})
+    bare.load(bodies(received))
     echoed = measure(bare, messages, pair[1])
-    if [raw for arrived in echoed.values() for _, raw in arrived] != [raw for arrived in received.values() for _, raw in arrived]:
+    if bodies(echoed) != bodies(received):
         raise AssertionError("the two servers did not send the same messages")
 
 
+def bodies(received: Received) -> dict[str, list[bytes]]:
+    return {request_id: [raw for _, raw in arrived] for request_id, arrived in received.items()}
+
+
 def results(num_streams: int, ours: Costs, bare: Costs) -> list[Result]:
-    """The ratio is the median of the rounds' ratios: a round's two halves ran next to each other."""
-    ratio = statistics.median(mine / its for mine, its in zip(ours.cpu, bare.cpu, strict=True))
+    ratio = median_ratio(ours.cpu, bare.cpu)
     streams = f"{num_streams} stream{'s' if num_streams > 1 else ''}"
     return [
         Result(f"{streams}: server CPU a token, ours / bare", ratio, "x", FLOOR, GOAL),
@@ -112,14 +116,15 @@ def results(num_streams: int, ours: Costs, bare: Costs) -> list[Result]:
 
 
 def main() -> int:
+    rounds = QUICK_ROUNDS if is_quick(__doc__) else ROUNDS
     pairs = {num_streams: (Costs(), Costs()) for num_streams in TOKENS}
     with server_process("ours") as ours, server_process("bare") as bare:
         for num_streams in TOKENS:
             compare(ours, bare, num_streams, (Costs(), Costs()), seed=0)  # warm-up
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, rounds + 1):
             for num_streams, pair in pairs.items():
                 compare(ours, bare, num_streams, pair, number)
-            print(f"round {number} of {ROUNDS} done", file=sys.stderr)
+            print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     found = [result for num_streams, pair in pairs.items() for result in results(num_streams, *pair)]
     report("grpc", found)
     return exit_code(found)

@@ -1,8 +1,8 @@
 """How long a user waits: `jaxinfer --help`, the import, and the first token of LLM("demo") in a fresh process.
 
-Cold starts find an empty folder of compiled programs, warm ones the folder that the cold start before them filled; cold
-and warm take turns. Every start is a process of its own, timed from its birth by the process that starts it. Files are in
-the operating system's cache on both sides.
+Cold starts find an empty folder of compiled programs, warm ones the folder that the cold start before them filled; they
+take turns. Every start is a process of its own, timed from its birth by the process that starts it. Both find the files
+they read in the operating system's cache.
 """
 
 import json

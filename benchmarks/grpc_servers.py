@@ -43,14 +43,14 @@ ReadyTimes = dict[str, list[float]]
 class _Row:
     request: Request
     consumer: Consumer
-    last: int
-    left: int
+    chunks: Iterator[TokenChunk]
     stats: RequestStats
     ready: list[float] = field(default_factory=list)
 
 
 class CountingEngine:
-    """An EngineHandle whose next token is last + 1 (back to 0 near V): a microsecond a row and step, nothing while idle."""
+    """An EngineHandle whose next token is (last + 1) mod V. It must cost little, since it is not what is
+    measured: all chunks of a request are made when it comes, and nothing runs while no request does."""
 
     def __init__(self):
         self.ready: ReadyTimes = {}
@@ -61,7 +61,7 @@ class CountingEngine:
 
     def submit(self, request: Request, consumer: Consumer) -> None:
         stats = RequestStats(arrival=request.arrival, num_prompt_tokens=len(request.prompt))
-        row = _Row(request, consumer, request.prompt[-1], request.max_tokens, stats)
+        row = _Row(request, consumer, iter(chunks_of(request, stats)), stats)
         self.ready[request.id.rpartition("/")[0]] = row.ready
         with self._wake:
             self._rows[request.id] = row
@@ -88,35 +88,38 @@ class CountingEngine:
     def _run(self) -> None:
         due = time.monotonic()
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._rows or self._closed)
-                rows = list(self._rows.values())
+            if not self._rows:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._rows or self._closed)
             if self._closed:
                 return
-            due = max(due + PACE_SECONDS, time.monotonic())
-            time.sleep(due - time.monotonic() if due > time.monotonic() else 0.0)
-            self._step(rows)
+            now = time.monotonic()
+            due = max(due + PACE_SECONDS, now)
+            time.sleep(due - now)
+            self._step(list(self._rows.values()))
 
     def _step(self, rows: list[_Row]) -> None:
+        if not rows:
+            return
         now = time.monotonic()
-        chunks = [self._advance(row, now) for row in rows if row.request.id in self._rows]
-        if chunks:
-            rows[0].consumer.deliver(chunks)  # the service is one consumer
+        chunks: list[TokenChunk] = []
+        for row in rows:
+            chunk = next(row.chunks)
+            chunks.append(chunk)
+            row.ready.append(now)
+            if chunk.finish_reason is not None:
+                row.stats.scheduled, row.stats.first_token, row.stats.finished = row.ready[0], row.ready[0], now
+                self._rows.pop(row.request.id, None)
+        rows[0].consumer.deliver(chunks)  # the service is one consumer
 
-    def _advance(self, row: _Row, now: float) -> TokenChunk:
-        count = min(TOKENS_PER_STEP, row.left)
-        first = (row.last + 1) % (VOCAB_SIZE - TOKENS_PER_STEP)
-        ids = list(range(first, first + count))
-        row.last, row.left = ids[-1], row.left - count
-        row.ready.append(now)
-        chunk = TokenChunk(row.request.id, 0, ids)
-        if not row.stats.first_token:
-            row.stats.scheduled = row.stats.first_token = now
-        if not row.left:
-            row.stats.finished = now
-            chunk.finish_reason, chunk.stats = "length", row.stats
-            self._rows.pop(row.request.id, None)
-        return chunk
+
+def chunks_of(request: Request, stats: RequestStats) -> list[TokenChunk]:
+    """All that the engine will say of a request."""
+    first = request.prompt[-1] + 1
+    ids = [number % VOCAB_SIZE for number in range(first, first + request.max_tokens)]
+    chunks = [TokenChunk(request.id, 0, ids[at:at + TOKENS_PER_STEP]) for at in range(0, len(ids), TOKENS_PER_STEP)]
+    chunks[-1].finish_reason, chunks[-1].stats = "length", stats
+    return chunks
 
 
 class BareService(pb_grpc.GenerationServiceServicer):
@@ -239,6 +242,6 @@ def bpe_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    sources = [module.__file__ for module in (argparse, asyncio.base_events, threading, json.decoder) if module.__file__]
-    backend.train(sources, trainer)
+    modules = (argparse, asyncio.base_events, threading, json.decoder)
+    backend.train([module.__file__ for module in modules if module.__file__], trainer)
     return Tokenizer.from_json(backend.to_str())

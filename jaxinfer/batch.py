@@ -10,6 +10,8 @@ from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, Prefi
 from jaxinfer.types import RowInit, StepKind, StepPlan
 
 INIT_SLOT = COLUMNS["init_slot"]
+ON_DEVICE = (0,)
+"""Stands in the packed tokens where only the device knows the id."""
 UINT32 = 0xFFFFFFFF
 
 
@@ -63,19 +65,20 @@ class Batcher:
         tokens, rows, pages, tail = layout.views(flat)
         rows[:, COLUMNS["slot"]] = rows[:, INIT_SLOT] = self.no_slot
         pages[:, 0] = self.no_slot
-        num_rows, singles = len(plan.slots), 0
-        packed: list[int] = []
-        table = np.zeros((num_rows, 5), np.int32)
-        for index, (slot, ids, start, samples) in enumerate(
-                zip(plan.slots, plan.tokens, plan.starts, plan.samples, strict=True)):
-            count = len(ids) or 1
-            singles += count == 1
-            packed.extend(ids or (0,))
-            table[index] = slot, count, start + count, not ids, samples
+        counts = [len(ids) or 1 for ids in plan.tokens]
+        packed = [token for ids in plan.tokens for token in ids or ON_DEVICE]
         tokens[:len(packed)] = packed
-        rows[:num_rows, :5] = table
+        # By columns: one conversion of a long list each instead of one assignment a row.
+        fields = rows[:len(counts)].T
+        fields[COLUMNS["slot"]] = plan.slots
+        fields[COLUMNS["q_len"]] = counts
+        fields[COLUMNS["end"]] = plan.starts
+        fields[COLUMNS["end"]] += fields[COLUMNS["q_len"]]
+        fields[COLUMNS["on_device"]] = [not ids for ids in plan.tokens]
+        fields[COLUMNS["samples"]] = plan.samples
         self._put_inits(plan, rows)
-        tail[:] = singles, singles, num_rows, plan.sampler
+        singles = counts.count(1)
+        tail[:] = singles, singles, len(counts), plan.sampler
         return flat, pages
 
     def _put_inits(self, plan: StepPlan, rows: np.ndarray) -> None:

@@ -104,14 +104,20 @@ class EngineConfig:
 
 
 def default_token_buckets(config: EngineConfig) -> tuple[int, ...]:
-    """Packed-token sizes T that prefill is compiled for: powers of four up to the budget."""
+    """Packed-token sizes T that prefill is compiled for: the budget and its halves, six sizes of at least 64.
+
+    A mixed step pays for every padded token where compute is scarce, so the sizes are a factor of two apart.
+    """
     largest = config.max_num_batched_tokens
-    sizes = [size for size in (64, 256, 1024, 4096, 16384) if size < largest]
-    return (*sizes, largest)
+    halves = {-(-(largest >> shift) // 8) * 8 for shift in range(1, 6)}
+    return (*sorted(size for size in halves if 64 <= size < largest), largest)
 
 
 def default_row_buckets(config: EngineConfig) -> tuple[int, ...]:
-    """Row counts R that decode is compiled for. At least 2: one-row matmuls are slow on XLA:CPU."""
+    """Row counts R that decode is compiled for, each with three samplers, so a factor of four apart.
+
+    At least 2: one-row bfloat16 matmuls are slow on XLA:CPU.
+    """
     largest = max(config.max_num_seqs, 2)
-    sizes = [size for size in (2, 16, 64, 256) if size < largest]
+    sizes = [size for size in (2, 8, 32, 128, 512) if size < largest]
     return (*sizes, largest)

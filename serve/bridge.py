@@ -5,13 +5,14 @@ Everything but `Bridge.deliver` runs on the event loop, so streams need no locks
 
 import asyncio
 import itertools
-import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from jaxinfer.core import EngineHandle
 from jaxinfer.errors import EngineClosed
 from jaxinfer.types import Request, TokenChunk
+from serve.doorbell import Doorbell
 
 Consume = Callable[[TokenChunk], bool]
 """Takes a chunk when it arrives and tells whether the reader should look. It must bound what it keeps."""
@@ -117,8 +118,8 @@ class Bridge:
         self.loop = loop
         self._streams: dict[str, Stream] = {}
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-        self._arrived: list[list[TokenChunk]] = []
+        self._arrived: deque[list[TokenChunk]] = deque()
+        self._doorbell = Doorbell(loop, self._distribute)
 
     @property
     def num_streams(self) -> int:
@@ -151,23 +152,20 @@ class Bridge:
 
     def deliver(self, chunks: list[TokenChunk]) -> None:
         """Takes a step's chunks, on the engine's thread. A loop that lags is woken once for many steps."""
-        with self._lock:
-            self._arrived.append(chunks)
-            if len(self._arrived) > 1:
-                return
-        try:
-            self.loop.call_soon_threadsafe(self._distribute)
-        except RuntimeError:  # the loop is closed: nobody is left to read
-            raise EngineClosed("the service has stopped") from None
+        self._arrived.append(chunks)
+        if not self._doorbell.ring():
+            raise EngineClosed("the service has stopped")
+
+    def close(self) -> None:
+        """Once the engine delivers no more."""
+        self._doorbell.close()
 
     def _distribute(self) -> None:
         # All streams' texts and messages are made here, one after the other, before any of them is sent: doing the
         # same work many times over is much cheaper than doing it between the sends, with cold caches.
-        with self._lock:
-            arrived, self._arrived = self._arrived, []
-        streams = self._streams
-        for chunks in arrived:
-            for chunk in chunks:
+        arrived, streams = self._arrived, self._streams
+        while arrived:
+            for chunk in arrived.popleft():
                 stream = streams.get(chunk.request_id)
                 if stream is not None:
                     stream.put(chunk)

@@ -80,16 +80,20 @@ class Outbox:
         self._params = params
         self._has_text = has_text
         self._room = 0
+        self._refillable: tuple[pb.GenerateStreamResponse, pb.Completion] | None = None
 
     def add(self, delta: Delta) -> None:
         """It runs for every token, so what is not there costs nothing."""
-        if not self.messages or self._room <= 0:
-            entry = self._begin().deltas.add(index=delta.index)
+        if not self.messages and self._refillable is not None:
+            message, entry = self._refillable
+            self._refill(message, entry, delta)
+        elif not self.messages or self._room <= 0:
+            entry = self._begin(delta)
         else:
             entry = entry_of(self.messages[-1], delta.index)
-        entry.token_ids.extend(delta.token_ids)
-        if self._has_text:
-            entry.text += delta.text
+            entry.token_ids.extend(delta.token_ids)
+            if self._has_text:
+                entry.text += delta.text
         self._room -= len(delta.token_ids)
         if delta.logprobs is not None:
             entry.logprobs.extend(logprobs_messages(delta.logprobs, self._params.logprobs))
@@ -109,13 +113,26 @@ class Outbox:
         self.messages[-1].usage.CopyFrom(usage(stats))
         self.messages[-1].timings.CopyFrom(timings(stats))
 
-    def _begin(self) -> pb.GenerateStreamResponse:
+    def _begin(self, delta: Delta) -> pb.Completion:
         message = pb.GenerateStreamResponse()
+        entry = message.deltas.add(index=delta.index, token_ids=delta.token_ids,
+                                   text=delta.text if self._has_text else None)
         if self._request_id is not None:
             message.request_id, self._request_id = self._request_id, None
+        elif self._params.n == 1 and self._params.logprobs is None:
+            self._refillable = message, entry
         self.messages.append(message)
         self._room = MAX_TOKENS_PER_MESSAGE
-        return message
+        return entry
+
+    def _refill(self, message: pb.GenerateStreamResponse, entry: pb.Completion, delta: Delta) -> None:
+        """Sends a message once more, with new text and ids, in half the time of a new one. It was serialised before it
+        was sent, so nobody reads it any more; what else a message may hold comes only with a stream's last."""
+        entry.token_ids[:] = delta.token_ids
+        if self._has_text:
+            entry.text = delta.text
+        self.messages.append(message)
+        self._room = MAX_TOKENS_PER_MESSAGE
 
 
 def entry_of(message: pb.GenerateStreamResponse, index: int) -> pb.Completion:

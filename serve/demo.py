@@ -31,16 +31,17 @@ __all__ = ["Table", "Reader", "main", "read_file"]
 
 '''
 PROMPTS = (
-    "def fibonacci(n):\n",
-    "class Stack:\n",
-    "import os\n\ndef ",
-    "try:\n    import json\nexcept ",
-    HEADER + "class Table:\n",
-    HEADER + "class Reader:\n",
-    HEADER + "def main(args):\n",
-    HEADER + "def read_file(path):\n",
+    "def fibonacci(n):",
+    "class Stack:",
+    "import os\n\ndef main():",
+    "try:\n    import json\nexcept",
+    HEADER + "class Table:",
+    HEADER + "class Reader:",
+    HEADER + "def main(args):",
+    HEADER + "def read_file(path):",
 )
-"""The last four begin alike: three of them take the pages of their beginning from the first."""
+"""The last four begin alike: three of them take the pages of their beginning from the first. None ends in white space:
+to the demo's tokenizer a line break and the indentation behind it are one token."""
 SAMPLING: Envelope = {"max_tokens": 128, "temperature": 0.6, "top_p": 0.95}
 WAIT_SECONDS, STOP_SECONDS = 5.0, 20.0
 NAME_CHARS = 32

@@ -104,6 +104,7 @@ class Server:
         await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
         if self._core is not None:
             await asyncio.to_thread(self._core.engine.close)
+        self.service.close()
         return drained
 
     async def _drain(self, now: asyncio.Event) -> bool:

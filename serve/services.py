@@ -116,6 +116,11 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         if self._bridge is not None:
             self._bridge.fail_all(EngineClosed(reason))
 
+    def close(self) -> None:
+        """Once the engine is closed."""
+        if self._bridge is not None:
+            self._bridge.close()
+
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with Answering(self.calls, context):
             core, bridge = self._serving()

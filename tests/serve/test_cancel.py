@@ -2,13 +2,15 @@
 
 import asyncio
 import random
-import threading
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import grpc
 import pytest
-from conftest import Served, eventually, serving
 from counting_engine import VOCAB_SIZE, CountingEngine, make_core
+from serving import Served, eventually, serving
 
 from serve import codec
 from serve.client import AsyncClient
@@ -199,19 +201,12 @@ async def storm(address: str, number: int) -> None:
         await client.close()
 
 
-def test_a_killed_connection_frees_the_rows(stepped: Served):
-    client = AsyncClient
-
-    async def leave() -> None:
-        async with client(stepped.server.address) as one:
-            stream = one.stream("ab", max_tokens=100, request_id="k")
-            reading = asyncio.ensure_future(anext(aiter(stream)))
-            while not stepped.engine.rows:
-                await asyncio.sleep(0.001)
-            stepped.engine.step()
-            await reading
-
-    thread = threading.Thread(target=asyncio.run, args=(leave(),))
-    thread.start()
-    thread.join()
+def test_a_killed_client_frees_its_row(stepped: Served, repository: Path):
+    script = (f"from serve.client import Client\nstream = Client({stepped.server.address!r}).stream('ab', "
+              "max_tokens=100, request_id='k')\nfor delta in stream: print(delta.text, flush=True)")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=repository, stdout=subprocess.PIPE, text=True) as client:
+        submitted(stepped)
+        stepped.engine.step()
+        assert client.stdout is not None and client.stdout.readline() == "c\n"
+        client.kill()
     eventually(lambda: stepped.engine.cancelled == [("k", None)])

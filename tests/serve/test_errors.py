@@ -4,8 +4,8 @@ import logging
 
 import grpc
 import pytest
-from conftest import Served, eventually, serving
 from counting_engine import CountingEngine, make_core
+from serving import Served, eventually, serving
 
 from jaxinfer.errors import EngineClosed, InvalidConfig, Overloaded, StepFailed
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb

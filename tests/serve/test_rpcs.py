@@ -4,8 +4,8 @@ import asyncio
 
 import grpc
 import pytest
-from conftest import Served, serving
 from counting_engine import EOS, VOCAB_SIZE, CountingEngine, make_core
+from serving import Served, serving
 
 from serve.client import AsyncClient
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb

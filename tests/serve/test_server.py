@@ -11,11 +11,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import Served, eventually, serving
 from counting_engine import CountingEngine, make_core
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
 from serve.client import Client

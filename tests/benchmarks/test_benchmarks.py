@@ -1,0 +1,66 @@
+"""Every bench runs: its smoke run prints a table and, as the last line, the JSON object that `make bench` reads."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from datetime import date
+
+import pytest
+
+from benchmarks.report import Result, exit_code
+from benchmarks.workloads import interleaved, log_uniform, median_ratio
+
+SECONDS = 300
+"""Far more than a smoke run takes, even beside others."""
+
+LIMITED = {
+    "batching": ["share of the device limit", "tokens/s over one row's", "tokens/s over static batches'"],
+    "host": ["64 rows", "256 rows"],
+    "prefix": ["time to first token, no cache / cache", "tokens/s, cache / no cache"],
+    "start": ["jaxinfer --help", "warm over cold, to the first token"],
+}
+"""Bench to its results that have a floor."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, as benches have it, and a compile cache that the smoke runs share."""
+    cache = tmp_path_factory.mktemp("compiled")
+    cache.chmod(0o700)
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return plain | {"JAXINFER_COMPILE_CACHE": str(cache)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_smoke_run_yields_every_field(name, environment, repository):
+    command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--quick"]
+    run = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=SECONDS,
+                         check=False)
+    assert run.returncode in (0, 1), run.stderr
+    *table, last = run.stdout.splitlines()
+    found = json.loads(last)
+    assert list(found) == ["bench", "results", "machine", "date"]
+    assert (found["bench"], found["date"]) == (name, date.today().isoformat()) and found["machine"]
+    results = [Result(**fields) for fields in found["results"]]
+    assert [result.name for result in results if result.floor is not None] == LIMITED[name]
+    assert all(result.value >= 0 and result.better in ("higher", "lower") for result in results)
+    assert run.returncode == exit_code(results)
+    assert len(table) == 1 + len(results)
+
+
+def test_lengths_have_the_same_mix_in_loads_of_any_size():
+    few, many = (log_uniform(count, random.Random(0)) for count in (32, 256))
+    assert min(many) == 8 and max(many) in (254, 255, 256)
+    assert sum(few) / 32 == pytest.approx(sum(many) / 256, rel=0.01)
+    assert many != sorted(many)
+
+
+def test_contenders_take_turns():
+    calls = []
+    found = interleaved(2, {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"})
+    assert calls == ["a", "b", "a", "b"]
+    assert found == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
+    assert median_ratio(found["b"], found["a"]) == pytest.approx((2 + 4 / 3) / 2)

@@ -1,0 +1,90 @@
+"""Messages: what waits together travels together, bounded, and nothing of an earlier message shows in a later one."""
+
+from jaxinfer.outputs import Delta, Logprob
+from jaxinfer.types import RequestStats, SamplingParams
+from serve import codec
+from serve.protos.jaxinfer.v1 import generation_pb2 as pb
+
+
+def outbox(**params) -> codec.Outbox:
+    return codec.Outbox("r", SamplingParams(**params), has_text=True)
+
+
+def sent(box: codec.Outbox) -> pb.GenerateStreamResponse:
+    """The oldest message as it goes over the wire."""
+    return pb.GenerateStreamResponse.FromString(box.messages.popleft().SerializeToString())
+
+
+def delta(text: str, *ids: int, index: int = 0, **rest) -> Delta:
+    return Delta("r", index, text, list(ids), **rest)
+
+
+def test_what_waits_together_travels_together():
+    box = outbox(n=2)
+    box.add(delta("a", 1))
+    box.add(delta("x", 7, index=1))
+    box.add(delta("b", 2, 3))
+    message = sent(box)
+    assert message.request_id == "r" and not box.messages
+    assert [(one.index, one.text, list(one.token_ids)) for one in message.deltas] == [(0, "ab", [1, 2, 3]), (1, "x", [7])]
+
+
+def test_a_message_sent_again_holds_only_what_is_new():
+    box = outbox()
+    texts = [("first", (1, 2)), ("second", (3,)), ("", (4, 5, 6)), ("fourth", ()), ("", (7,))]
+    found = []
+    for text, ids in texts:
+        box.add(delta(text, *ids))
+        found.append(sent(box))
+    assert [(one.deltas[0].text, tuple(one.deltas[0].token_ids)) for one in found] == texts
+    assert [one.request_id for one in found] == ["r", "", "", "", ""]
+    assert all(len(one.deltas) == 1 and one.deltas[0].HasField("index") for one in found)
+
+
+def test_a_message_that_waits_is_never_written_over():
+    box = outbox()
+    for number in range(4):
+        box.add(delta(str(number), *[number] * codec.MAX_TOKENS_PER_MESSAGE))
+    box.add(delta("end", 9))
+    assert [sent(box).deltas[0].text for _ in range(2)] == ["0", "1"]
+    box.add(delta("!", 9))
+    assert [sent(box).deltas[0].text for _ in range(3)] == ["2", "3", "end!"]
+    box.add(delta("more", 9))
+    assert sent(box).deltas[0].text == "more"
+
+
+def test_the_last_message_has_everything():
+    box = outbox()
+    for text in ("a", "b"):
+        box.add(delta(text, 1))
+        sent(box)
+    box.add(delta("c", 1, finish_reason="stop", stop_reason="END"))
+    box.close(RequestStats(arrival=1.0, scheduled=1.5, first_token=2.0, finished=4.0, num_prompt_tokens=3,
+                           num_output_tokens=3, num_cached_tokens=0, num_preemptions=1))
+    last = sent(box)
+    assert last.deltas[0].finish_reason == pb.FINISH_REASON_STOP and last.deltas[0].stop_string == "END"
+    assert last.usage == pb.Usage(prompt_tokens=3, output_tokens=3, cached_tokens=0)
+    assert last.timings == pb.Timings(queue=0.5, ttft=1.0, decode=2.0, total=3.0, preemptions=1)
+
+
+def test_what_the_engine_has_not_said_stays_unset():
+    stats = RequestStats(arrival=1.0, first_token=2.0, finished=3.0)
+    assert not codec.usage(stats).HasField("cached_tokens")
+    assert not codec.timings(stats).HasField("queue")
+
+
+def test_the_largest_message_fits_into_grpcs_default_limit():
+    box = outbox(logprobs=20)
+    position = {id: Logprob(-12.5, rank, "a long token's text") for rank, id in enumerate(range(100_000, 100_020), 1)}
+    ids = range(100_000, 100_000 + codec.MAX_TOKENS_PER_MESSAGE + 7)
+    box.add(delta("x" * 8 * len(ids), *ids, logprobs=[position] * len(ids)))
+    assert len(box.messages[0].deltas[0].logprobs[0].top) == 20
+    assert box.messages[0].ByteSize() < 4 * 1024 * 1024
+
+
+def test_only_fields_that_were_sent_replace_the_defaults():
+    defaults = SamplingParams(temperature=0.7, top_k=50, max_tokens=20)
+    message = pb.SamplingParams(temperature=0.0, stop=["a", "b"], stop_token_ids=[3], ignore_eos=False, seed=0)
+    found = codec.sampling_params(message, defaults)
+    assert found == SamplingParams(temperature=0.0, top_k=50, max_tokens=20, stop=("a", "b"), stop_token_ids=(3,), seed=0)
+    assert codec.sampling_params(pb.SamplingParams(), defaults) == defaults
