@@ -26,7 +26,9 @@ def test_what_waits_together_travels_together():
     box.add(delta("b", 2, 3))
     message = sent(box)
     assert message.request_id == "r" and not box.messages
-    assert [(one.index, one.text, list(one.token_ids)) for one in message.deltas] == [(0, "ab", [1, 2, 3]), (1, "x", [7])]
+    first, second = message.deltas
+    assert (first.index, first.text, list(first.token_ids)) == (0, "ab", [1, 2, 3])
+    assert (second.index, second.text, list(second.token_ids)) == (1, "x", [7])
 
 
 def test_a_message_sent_again_holds_only_what_is_new():
@@ -86,5 +88,6 @@ def test_only_fields_that_were_sent_replace_the_defaults():
     defaults = SamplingParams(temperature=0.7, top_k=50, max_tokens=20)
     message = pb.SamplingParams(temperature=0.0, stop=["a", "b"], stop_token_ids=[3], ignore_eos=False, seed=0)
     found = codec.sampling_params(message, defaults)
-    assert found == SamplingParams(temperature=0.0, top_k=50, max_tokens=20, stop=("a", "b"), stop_token_ids=(3,), seed=0)
+    assert found == SamplingParams(
+        temperature=0.0, top_k=50, max_tokens=20, stop=("a", "b"), stop_token_ids=(3,), seed=0)
     assert codec.sampling_params(pb.SamplingParams(), defaults) == defaults
