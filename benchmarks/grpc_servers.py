@@ -57,6 +57,7 @@ class CountingEngine:
         self._rows: dict[str, _Row] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self.alive = True
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, request: Request, consumer: Consumer) -> None:

@@ -14,12 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxinfer
 from jaxinfer import shadowing
-from jaxinfer.errors import JaxInferError
-from jaxinfer.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, Option, count
+from jaxinfer.errors import InvalidRequest, JaxInferError
+from jaxinfer.options import ENGINE_OPTIONS, MOST_COUNT, SAMPLING_OPTIONS, Option, count
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
@@ -34,9 +35,10 @@ EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted"
 def generate(args: argparse.Namespace) -> int:
     if args.model is None and args.words:
         args.model, *args.words = args.words
+    prompts = args.words or [read_prompt()]
+    chosen = checked_sampling(args)
     with make_llm_aside(args) as llm:
-        prompts = args.words or [read_prompt()]
-        params = sampling(args, llm)
+        params = replace(llm.get_default_sampling_params(), **chosen)
         if args.json:
             for output in llm.generate(prompts, params):
                 print(json.dumps(as_json(output), ensure_ascii=False))
@@ -51,7 +53,10 @@ def generate(args: argparse.Namespace) -> int:
 def read_prompt() -> str:
     if sys.stdin.isatty():
         print("type the prompt; Ctrl-D ends it", file=sys.stderr)
-    return sys.stdin.read()
+    text = sys.stdin.read()
+    if not text:
+        raise InvalidRequest("prompt", "standard input is empty; name prompts behind the model, or pipe one in")
+    return text
 
 
 def as_json(output: Any) -> dict[str, Any]:
@@ -68,8 +73,9 @@ def as_json(output: Any) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> int:
+    chosen = checked_sampling(args)
     with make_llm_aside(args) as llm:
-        params = sampling(args, llm)
+        params = replace(llm.get_default_sampling_params(), **chosen)
         system = [{"role": "system", "content": args.system}] if args.system else []
         messages = list(system)
         print("type a message; /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
@@ -152,14 +158,16 @@ def make_llm_aside(args: argparse.Namespace) -> "LLM":
         return make_llm(args)
 
 
-def sampling(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
-    """The model's own defaults under what was given."""
-    import dataclasses
+def checked_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for sampling, refused at once if no model could take it. Raises InvalidRequest."""
+    from jaxinfer.types import SamplingParams
+    from jaxinfer.validation import Limits, validate
 
     chosen = {"max_tokens": 128, **given(args, SAMPLING_OPTIONS)}
     if args.stop:
         chosen["stop"] = tuple(args.stop)
-    return dataclasses.replace(llm.get_default_sampling_params(), **chosen)
+    validate([0], SamplingParams(**chosen), Limits(vocab_size=MOST_COUNT, max_model_len=MOST_COUNT))
+    return chosen
 
 
 def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:

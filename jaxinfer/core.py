@@ -60,6 +60,11 @@ class EngineHandle(Protocol):
         """End a request (or one of its samples) within one step; unknown ids are ignored. No chunk follows."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still runs; once it is not, every request is refused with EngineClosed."""
+        ...
+
     def load(self) -> Load: ...
 
     def metrics(self) -> dict[str, Any]:

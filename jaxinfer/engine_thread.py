@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxinfer.core import Consumer, Load
 from jaxinfer.engine import Engine
-from jaxinfer.errors import EngineClosed, JaxInferError, Overloaded, StepFailed
+from jaxinfer.errors import EngineClosed, InvalidRequest, JaxInferError, Overloaded, StepFailed
 from jaxinfer.types import Request, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ class EngineThread:
         with self._wake:
             if not self._accepting:
                 raise EngineClosed("the engine is shutting down; send the request elsewhere")
+            if request.params.n > self._max_waiting:
+                raise InvalidRequest("n", f"{request.params.n} samples are more than may ever wait (max_waiting "
+                                     f"{self._max_waiting}); lower n")
             waiting = self._engine.scheduler.num_waiting + self._num_submitted
             if waiting + request.params.n > self._max_waiting:
                 raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_waiting}; "
@@ -58,6 +61,8 @@ class EngineThread:
 
     def run(self, work: Callable[[Engine], Any]) -> Any:
         """`work(engine)`, called on the engine's thread between steps with nothing in flight; its result."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("run() would wait for the thread it was called on")
         future: Future[Any] = Future()
         with self._wake:
             if self._stopping:
@@ -98,7 +103,7 @@ class EngineThread:
                 self._deliver(self._engine.step())
         except StepFailed as error:
             failure = error
-        except Exception:
+        except BaseException:
             log.exception("the engine thread died")
             failure = EngineClosed("the engine died; the server's log has the reason")
         finally:
@@ -117,7 +122,8 @@ class EngineThread:
         return not self._stopping
 
     def _admit(self, request: Request, consumer: Consumer) -> None:
-        self._num_submitted -= request.params.n
+        with self._wake:
+            self._num_submitted -= request.params.n
         try:
             self._engine.add(request)
         except JaxInferError as error:  # the request's own fault: its id belongs to another one that runs
@@ -148,7 +154,7 @@ class EngineThread:
         try:
             self._deliver(self._engine.drain())
             future.set_result(work(self._engine))
-        except Exception as error:
+        except BaseException as error:  # a Rust panic, too, is the caller's; nobody else waits for it
             future.set_exception(error)
 
     def _deliver(self, chunks: list[TokenChunk]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer.errors import OutOfMemory
+from jaxinfer.errors import InvalidConfig, OutOfMemory
 
 CPU_SHARE = 0.25
 """Share of the available host memory that pages may take when the device is the CPU: other programs live there too."""
@@ -47,8 +47,12 @@ def plan_pages(*, budget: int, weights: int, temporaries: int, bytes_per_page: i
     needed: pages without which the engine cannot start (one a row, and one row of the full length).
     most: pages beyond which more are of no use, or None. wanted: what the user asked for, or None.
 
-    Raises OutOfMemory saying what is missing and which settings to change.
+    Raises InvalidConfig when `wanted` is too few to start at all, and OutOfMemory saying what is missing and which
+    settings to change.
     """
+    if wanted is not None and wanted < needed:
+        raise InvalidConfig("num_pages", f"{wanted} pages of {page_size} tokens are under the {needed} needed (one a "
+                            "row, and one row of max_model_len); raise it, or lower max_model_len or max_num_seqs")
     room = (budget - weights - temporaries) // bytes_per_page
     num_pages = wanted if wanted is not None else room if most is None else min(room, most)
     if num_pages > room or num_pages < needed:

@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,16 @@ from tqdm.auto import tqdm
 from jaxinfer import startup
 from jaxinfer.assembly import Assembler
 from jaxinfer.core import Core
-from jaxinfer.errors import EngineClosed, InvalidRequest
+from jaxinfer.errors import EngineClosed, InvalidRequest, Overloaded
 from jaxinfer.intake import Prompt
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
+from jaxinfer.start_options import Options
 from jaxinfer.types import Request, SamplingParams, TokenChunk
 from jaxinfer.validation import checked_prompt
+
+RETRY_SECONDS = 0.02
+"""Pause of a `generate` that finds the queue full of other callers' requests."""
 
 Promptlike = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
@@ -55,7 +60,7 @@ class LLM:
         tensor_parallel_size: int = 1, enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8,
         max_waiting: int = 4096, attention: str | None = None, compile_cache: str | None = None, quiet: bool = False,
     ):
-        options = startup.Options(
+        options = Options(
             model=str(model), tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
@@ -210,13 +215,25 @@ class _Batch:
         upcoming = next(pending, None)
         while upcoming is not None or self._outstanding:
             while upcoming is not None and (not self._outstanding or samples + upcoming.params.n <= max_outstanding):
-                self._core.engine.submit(upcoming, self._inbox)
-                self._outstanding.add(upcoming.id)
+                if not self._submit(upcoming):
+                    break
                 samples += upcoming.params.n
                 upcoming = next(pending, None)
+            if not self._outstanding:
+                time.sleep(RETRY_SECONDS)
+                continue
             for ended in self._collect():
                 samples -= ended.params.n
                 bar.update()
+
+    def _submit(self, request: Request) -> bool:
+        """False when other callers have filled the queue: it empties as rows end."""
+        try:
+            self._core.engine.submit(request, self._inbox)
+        except Overloaded:
+            return False
+        self._outstanding.add(request.id)
+        return True
 
     def _collect(self) -> Iterator[Request]:
         for chunk in self._inbox.chunks.get():
@@ -246,7 +263,8 @@ def _feed(core: Core, assembler: Assembler, chunk: TokenChunk) -> Delta | None:
 def _page_size(page_size: int | None, block_size: int | None) -> int:
     if page_size is not None and block_size is not None and page_size != block_size:
         raise InvalidRequest("block_size", f"{block_size} differs from page_size {page_size}; they are one setting")
-    return page_size or block_size or 16
+    chosen = page_size if page_size is not None else block_size
+    return 16 if chosen is None else chosen
 
 
 def _as_list(prompts: Any) -> list[Any]:

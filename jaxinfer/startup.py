@@ -25,35 +25,13 @@ from jaxinfer.intake import GenerationDefaults, Intake
 from jaxinfer.models import Decoder, make_decoder
 from jaxinfer.page_pool import PagePool
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.start_options import Options
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import Limits
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DEFAULT_MAX_MODEL_LEN = 32_768
 """Longest context taken without being asked: many models allow far more than a first try should reserve."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a user may choose; `LLM` documents each. None means: derived from the model and the machine."""
-
-    model: str
-    tokenizer: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    page_size: int = 16
-    num_pages: int | None = None
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    enable_prefix_caching: bool = True
-    max_decode_rounds: int = 8
-    max_waiting: int = 4096
-    seed: int = 0
-    attention: str | None = None
-    compile_cache: str | None = None
-    show_progress: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +61,11 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     Raises ModelFormatError, InvalidConfig or OutOfMemory.
     """
     began = time.monotonic()
+    options.validate()
     mesh = sharding.make_mesh(options.tensor_parallel_size) if options.tensor_parallel_size != 1 else None
     folder = loading.model_folder(options.model)
     dtype = choose_dtype(options.dtype, folder)
+    defaults = GenerationDefaults.from_folder(folder)
     loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh)
     model = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh,
                          implementation=options.attention)
@@ -107,7 +87,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     engine = make_engine(executor, config)
     limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
                     max_kv_tokens=config.num_pages * config.page_size)
-    intake = Intake(tokenizer, limits, GenerationDefaults.from_folder(folder), chat_template=template,
+    intake = Intake(tokenizer, limits, defaults, chat_template=template,
                     seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
     info = ModelInfo(
         name=options.model, family=loaded.config.family, vocab_size=model.vocab_size, max_model_len=max_model_len,
@@ -162,11 +142,11 @@ def replicated(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
 
 def engine_config(options: Options, max_model_len: int, num_pages: int) -> EngineConfig:
     # One step never computes more than the longest row and a token for every other one can need.
-    most_useful = max(max_model_len + options.max_num_seqs, options.max_num_seqs)
+    most_useful = -(-(max_model_len + options.max_num_seqs) // 128) * 128
     return EngineConfig(
         max_model_len=max_model_len, num_pages=num_pages, page_size=options.page_size,
         max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds,
-        max_num_batched_tokens=min(options.max_num_batched_tokens, max(most_useful, 64)),
+        max_num_batched_tokens=min(options.max_num_batched_tokens, most_useful),
         enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
 
 

@@ -158,8 +158,8 @@ class Client:
         """How busy the engine is."""
         return answers.load(self._stub.GetLoad(pb.GetLoadRequest(), timeout=timeout))
 
-    def wait_ready(self, timeout: float = 60.0) -> None:
-        """Waits until the server has loaded its model. Raises TimeoutError."""
+    def wait_ready(self, timeout: float = 600.0) -> None:
+        """Waits until the server has loaded and compiled its model; a first start takes long. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not self._is_serving(timeout=max(deadline - time.monotonic(), POLL_SECONDS)):
             if time.monotonic() > deadline:
@@ -218,8 +218,8 @@ class AsyncClient:
         """How busy the engine is."""
         return answers.load(await self._stub.GetLoad(pb.GetLoadRequest(), timeout=timeout))
 
-    async def wait_ready(self, timeout: float = 60.0) -> None:
-        """Waits until the server has loaded its model. Raises TimeoutError."""
+    async def wait_ready(self, timeout: float = 600.0) -> None:
+        """Waits until the server has loaded and compiled its model; a first start takes long. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not await self._is_serving(timeout=max(deadline - time.monotonic(), POLL_SECONDS)):
             if time.monotonic() > deadline:

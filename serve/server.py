@@ -25,6 +25,8 @@ from serve.services import SERVICE_NAME, GenerationService
 
 log = logging.getLogger(__name__)
 
+ENGINE_CHECK_SECONDS = 0.5
+"""How often the engine's thread is looked at: a dead one must not be SERVING for longer than about a second."""
 CLOSE_GRACE_SECONDS = 1.0
 """What calls get to send their last message once draining is over."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -178,7 +180,7 @@ def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
 
     core_factory: loads and warms a model; runs in a thread while health answers NOT_SERVING. announce: gets one
     line when bound, one when ready and one when stopping (default: standard output). Returns 0 when all calls
-    could finish, 1 when some were cut off. Raises InvalidConfig, and whatever core_factory raises.
+    could finish, 1 when some were cut off or the engine died. Raises InvalidConfig, and whatever core_factory raises.
     """
     return asyncio.run(_serve(core_factory, config or ServerConfig(), announce or _print_line))
 
@@ -191,14 +193,25 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
     loading = Loading(core_factory)
     asked = asyncio.create_task(stops.asked.wait())
     await asyncio.wait({loading.done, asked}, return_when=asyncio.FIRST_COMPLETED)
+    died = False
     if loading.done.done():
         await _become_ready(server, loading, announce, began)
-        await asked
-    announce(f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
+        died = await _dies_first(loading.done.result(), asked)
+    announce("the engine has died, the log has the reason; stopping" if died else
+             f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
     drained = await server.stop(stops.now)
     if loading.unfinished:
         _exit_now()
-    return 0 if drained else 1
+    return 0 if drained and not died else 1
+
+
+async def _dies_first(core: Core, asked: "asyncio.Task[bool]") -> bool:
+    """Waits until a stop is asked for (False) or the engine has ended by itself (True)."""
+    while core.engine.alive:
+        done, _ = await asyncio.wait({asked}, timeout=ENGINE_CHECK_SECONDS)
+        if done:
+            return False
+    return True
 
 
 async def _become_ready(server: Server, loading: Loading, announce: Callable[[str], None], began: float) -> None:

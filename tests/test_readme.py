@@ -38,17 +38,25 @@ def test_the_python_example(repository, tmp_path):
 def test_the_grpc_example(repository, tmp_path):
     command = [Path(sys.executable).parent / "jaxinfer", "serve", "demo", "--port", "0", "--max-num-seqs", "2",
                "--max-model-len", "512"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository, env=environment(tmp_path))
-    try:
-        address = next(found[1] for line in server.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
-        printed = run(EXAMPLES[1].replace("127.0.0.1:50051", address), repository, tmp_path)
-        assert len(printed) > 40
-        assert "pages_total" in printed
-    finally:
-        server.terminate()
-        assert server.wait(timeout=60) == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository,
+                          env=environment(tmp_path)) as server:
+        try:
+            address = next(found[1] for line in server.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
+            printed = run(EXAMPLES[1].replace("127.0.0.1:50051", address), repository, tmp_path)
+            assert len(printed) > 40
+            assert "pages_total" in printed
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_links_lead_to_files(target, repository):
     assert (repository / target).exists()
+
+
+def test_nothing_is_left_to_fill_in(repository):
+    for readme in repository.glob("*/README.md"):
+        assert "@@" not in readme.read_text(), readme
+    assert "@@" not in README

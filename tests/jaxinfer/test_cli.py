@@ -193,7 +193,7 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error, code, 
         raise error
 
     monkeypatch.setattr("jaxinfer.LLM", fail, raising=False)
-    assert cli.main(["generate", "x"]) == code
+    assert cli.main(["generate", "x", "prompt"]) == code
     assert capsys.readouterr().err == text
 
 
@@ -203,7 +203,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("jaxinfer.LLM", fail, raising=False)
     with pytest.raises(AssertionError):
-        cli.main(["generate", "x"])
+        cli.main(["generate", "x", "prompt"])
 
 
 def test_a_reader_that_leaves_is_no_error():

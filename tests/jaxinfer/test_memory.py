@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer import memory
-from jaxinfer.errors import OutOfMemory
+from jaxinfer.errors import InvalidConfig, OutOfMemory
 
 PLAN = {"budget": 1000, "weights": 300, "temporaries": 100, "bytes_per_page": 10, "page_size": 16, "needed": 20,
         "most": None, "wanted": None}
@@ -23,11 +23,16 @@ def test_limits_of_use_and_of_the_user(change, pages):
     assert memory.plan_pages(**PLAN | change).num_pages == pages
 
 
-@pytest.mark.parametrize("change", [{"needed": 61}, {"wanted": 61}, {"wanted": 19}, {"weights": 950}, {"most": 10}])
+@pytest.mark.parametrize("change", [{"needed": 61}, {"wanted": 61}, {"weights": 950}, {"most": 10}])
 def test_what_does_not_fit_is_refused_with_its_figures(change):
     with pytest.raises(OutOfMemory, match=r"pages of 16 tokens need .* room for \d+ pages") as caught:
         memory.plan_pages(**PLAN | change)
     assert "max_model_len" in str(caught.value)
+
+
+def test_too_few_pages_asked_for_are_a_setting_not_a_lack_of_memory():
+    with pytest.raises(InvalidConfig, match=r"num_pages: 19 pages .* under the 20 needed"):
+        memory.plan_pages(**PLAN | {"wanted": 19})
 
 
 def test_the_table_adds_up():

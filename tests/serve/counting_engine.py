@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.core import Consumer, Core, Load, ModelInfo
-from jaxinfer.errors import EngineClosed, Overloaded
+from jaxinfer.errors import EngineClosed, Overloaded, StepFailed
 from jaxinfer.intake import GenerationDefaults, Intake
 from jaxinfer.tokenizer import BYTE_OF_CHAR, Tokenizer
 from jaxinfer.types import Request, RequestStats, SamplingParams, TokenChunk, TokenLogprobs
@@ -43,6 +43,7 @@ class CountingEngine:
         self.num_steps = 0
         self.tokens_per_step = tokens_per_step
         self.submit_error: Exception | None = None
+        self.alive = True
         self.closed = False
         self.paused = False
         self._max_waiting = max_waiting
@@ -85,7 +86,12 @@ class CountingEngine:
         with self._lock:
             rows, self.rows = list(self.rows.values()), {}
         for row in rows:
-            row.consumer.deliver([TokenChunk(row.request.id, -1, [], finish_reason="error", error=error)])
+            row.consumer.deliver([TokenChunk(row.request.id, row.index, [], finish_reason="error", error=error)])
+
+    def die(self) -> None:
+        """As the engine's thread after steps that failed again and again."""
+        self.fail(StepFailed("3 device steps failed"))
+        self.close()
 
     def load(self) -> Load:
         return Load(len(self.rows), 0, 0, 3, 2, 64)
@@ -98,6 +104,7 @@ class CountingEngine:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         self.closed = True
+        self.alive = False
 
     def _advance(self, row: Row) -> TokenChunk:
         ids: list[int] = []

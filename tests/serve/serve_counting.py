@@ -1,6 +1,7 @@
-"""A service in a process of its own: python serve_counting.py LOAD_SECONDS DRAIN_SECONDS."""
+"""A service of its own: serve_counting.py LOAD_SECONDS DRAIN_SECONDS [ENGINE_DIES_AFTER_SECONDS]."""
 
 import sys
+import threading
 import time
 
 from counting_engine import CountingEngine, make_core
@@ -10,13 +11,16 @@ from serve.server import ServerConfig, serve
 
 
 def main() -> int:
-    load_seconds, drain_seconds = map(float, sys.argv[1:])
+    load_seconds, drain_seconds, dies_after = map(float, [*sys.argv[1:], "0"][:3])
 
     def load() -> Core:
         if load_seconds < 0:
             raise ValueError("no such model")
         time.sleep(load_seconds)
-        return make_core(CountingEngine(pace=0.01))
+        engine = CountingEngine(pace=0.01)
+        if dies_after:
+            threading.Timer(dies_after, engine.die).start()
+        return make_core(engine)
 
     return serve(load, ServerConfig(port=0, drain_seconds=drain_seconds))
 

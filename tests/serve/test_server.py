@@ -118,10 +118,11 @@ def test_a_taken_port_is_refused(served: Served):
 
 
 @contextlib.contextmanager
-def process(repository: Path, load_seconds: float = 0.0, drain_seconds: float = 20.0) -> Iterator[subprocess.Popen]:
+def process(repository: Path, load_seconds: float = 0.0, drain_seconds: float = 20.0, dies_after: float = 0.0
+            ) -> Iterator[subprocess.Popen]:
     environment = os.environ | {"PYTHONPATH": str(repository)}
     script = Path(__file__).with_name("serve_counting.py")
-    command = [sys.executable, str(script), str(load_seconds), str(drain_seconds)]
+    command = [sys.executable, str(script), str(load_seconds), str(drain_seconds), str(dies_after)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as found:
         try:
             yield found
@@ -134,6 +135,19 @@ def address_of(server: subprocess.Popen) -> str:
     line = server.stdout.readline()
     assert line.startswith("listening on 127.0.0.1:") and line.endswith("; loading the model\n"), line
     return line.removeprefix("listening on ").partition(";")[0]
+
+
+def test_a_dead_engine_ends_the_service(repository: Path):
+    with process(repository, dies_after=1.0) as server:
+        address = address_of(server)
+        with Client(address) as client:
+            client.wait_ready(10)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(client.stream("ab", max_tokens=100_000))
+            assert caught.value.code() is UNAVAILABLE
+        output, _ = server.communicate(timeout=10)
+        assert server.returncode == 1
+        assert "the engine has died" in output
 
 
 def test_from_bound_to_drained(repository: Path):

@@ -1,0 +1,54 @@
+"""What a user may choose when a model is started, checked before anything expensive happens. No jax here."""
+
+import math
+from dataclasses import dataclass
+
+from jaxinfer.errors import InvalidConfig
+
+INT32_MAX = 2**31 - 1
+"""Sizes become i32 on the device."""
+
+SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
+         "max_waiting")
+OPTIONAL_SIZES = ("max_model_len", "num_pages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """`LLM` documents each. None means: derived from the model and the machine."""
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 16
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = True
+    max_decode_rounds: int = 8
+    max_waiting: int = 4096
+    seed: int = 0
+    attention: str | None = None
+    compile_cache: str | None = None
+    show_progress: bool = True
+
+    def validate(self) -> None:
+        """Raises InvalidConfig naming the field, its value and what it must be."""
+        for name in SIZES:
+            self._check_size(name)
+        for name in OPTIONAL_SIZES:
+            if getattr(self, name) is not None:
+                self._check_size(name)
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
+            raise InvalidConfig("gpu_memory_utilization", f"must be a share in (0, 1], got {share!r}")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise InvalidConfig("seed", f"must be an integer of 64 bits, got {self.seed!r}")
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not 1 <= value <= INT32_MAX:
+            raise InvalidConfig(name, f"must be an integer of at least 1, got {value!r}")
