@@ -22,7 +22,7 @@ from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 METHOD = "/jaxinfer.v1.GenerationService/GenerateStream"
 ROUNDS, QUICK_ROUNDS = 7, 1
 TOKENS = {1: 1024, 16: 512, 64: 512}
-"""Streams to tokens each of them gets."""
+"""Streams to tokens each of them gets, in whole steps."""
 FLOOR, GOAL = 2.0, 1.3
 
 Received = dict[str, list[tuple[float, bytes]]]

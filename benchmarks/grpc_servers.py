@@ -35,6 +35,9 @@ TOKENS_PER_STEP = 8
 """As many as the engine decodes in one device call while nobody waits."""
 PACE_SECONDS = 0.02
 
+COUNTING = [*range(VOCAB_SIZE), *range(MAX_MODEL_LEN)]
+"""What comes after an id, however far a request may go."""
+
 ReadyTimes = dict[str, list[float]]
 """Request id to the time (time.monotonic) at which each of its messages became ready."""
 
@@ -117,8 +120,8 @@ class CountingEngine:
 def chunks_of(request: Request, stats: RequestStats) -> list[TokenChunk]:
     """All that the engine will say of a request."""
     first = request.prompt[-1] + 1
-    ids = [number % VOCAB_SIZE for number in range(first, first + request.max_tokens)]
-    chunks = [TokenChunk(request.id, 0, ids[at:at + TOKENS_PER_STEP]) for at in range(0, len(ids), TOKENS_PER_STEP)]
+    starts = range(first, first + request.max_tokens, TOKENS_PER_STEP)
+    chunks = [TokenChunk(request.id, 0, COUNTING[start:start + TOKENS_PER_STEP]) for start in starts]
     chunks[-1].finish_reason, chunks[-1].stats = "length", stats
     return chunks
 
