@@ -13,14 +13,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxinfer
 from jaxinfer import shadowing
 from jaxinfer.errors import InvalidRequest, JaxInferError
-from jaxinfer.options import ENGINE_OPTIONS, MOST_COUNT, SAMPLING_OPTIONS, Option, count
+from jaxinfer.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, checked_sampling, count, given
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
@@ -156,24 +156,6 @@ def make_llm_aside(args: argparse.Namespace) -> "LLM":
     """As `make_llm`; what the start says goes to standard error, since it is not the command's output."""
     with contextlib.redirect_stdout(sys.stderr):
         return make_llm(args)
-
-
-def checked_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given for sampling, refused at once if no model could take it. Raises InvalidRequest."""
-    from jaxinfer.types import SamplingParams
-    from jaxinfer.validation import Limits, validate
-
-    chosen = {"max_tokens": 128, **given(args, SAMPLING_OPTIONS)}
-    if args.stop:
-        chosen["stop"] = tuple(args.stop)
-    validate([0], SamplingParams(**chosen), Limits(vocab_size=MOST_COUNT, max_model_len=MOST_COUNT))
-    return chosen
-
-
-def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
-    """Those options that were given: the rest keep the defaults of whoever takes them."""
-    values = ((option.name, getattr(args, option.name)) for option in options)
-    return {name: value for name, value in values if value is not None}
 
 
 def print_stream(llm: "LLM", prompt: Any, params: "SamplingParams", pieces: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +65,21 @@ SAMPLING_OPTIONS = (
     Option("top_k", count, None, "most likely tokens to choose from; 0 is all"),
     Option("min_p", float, None, "least probability, as a share of the most likely token's"),
 )
+
+
+def checked_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for sampling, refused at once if no model could take it. Raises InvalidRequest."""
+    from jaxinfer.types import SamplingParams
+    from jaxinfer.validation import Limits, validate
+
+    chosen = {"max_tokens": 128, **given(args, SAMPLING_OPTIONS)}
+    if args.stop:
+        chosen["stop"] = tuple(args.stop)
+    validate([0], SamplingParams(**chosen), Limits(vocab_size=MOST_COUNT, max_model_len=MOST_COUNT))
+    return chosen
+
+
+def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """Those options that were given: the rest keep the defaults of whoever takes them."""
+    values = ((option.name, getattr(args, option.name)) for option in options)
+    return {name: value for name, value in values if value is not None}

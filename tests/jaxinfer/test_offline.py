@@ -229,7 +229,7 @@ def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository
     ({"model": "no/such/folder"}, ModelFormatError, "no/such/folder"),
     ({"dtype": "float8"}, InvalidConfig, "dtype"),
     ({"max_model_len": 10**6}, InvalidConfig, "max_position_embeddings"),
-    ({"num_pages": 3}, InvalidConfig, "num_pages: 3 pages .* one a row"),
+    ({"num_pages": 3}, InvalidConfig, "num_pages: 3 pages .*one a row"),
     ({"num_pages": 0}, InvalidConfig, "num_pages: must be"),
     ({"max_num_seqs": 0}, InvalidConfig, "max_num_seqs: must be"),
     ({"max_num_seqs": "4"}, InvalidConfig, "max_num_seqs: must be an integer of at least 1, got '4'"),

@@ -38,7 +38,7 @@ def test_a_script_beside_a_file_of_that_name_gets_one_line(tmp_path, name):
 def test_a_package_of_that_name_is_found_too(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "__init__.py").write_text("")
-    result = run(tmp_path, "-m", "jaxinfer.cli", "generate", "x")
+    result = run(tmp_path, "-m", "jaxinfer.cli", "generate", "x", "prompt")
     assert result.returncode == 1
     assert result.stderr.startswith(f"jaxinfer: {tmp_path / 'checkpoints'} hides")
     assert result.stderr.count("\n") == 1
