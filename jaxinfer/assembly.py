@@ -22,6 +22,7 @@ class StopSearch:
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
+        self._firsts = {stop[0] for stop in stops}
         self._failures = [_failures(stop) for stop in stops]
         self._states = [0] * len(stops)
 
@@ -35,7 +36,9 @@ class StopSearch:
 
         counts: whether matches that end in this piece count.
         """
-        for position, char in enumerate(piece if self._stops else "", start=1):
+        if self._firsts.isdisjoint(piece) and not any(self._states):
+            return None  # nothing has begun, and nothing begins here
+        for position, char in enumerate(piece, start=1):
             matches = [stop for i, stop in enumerate(self._stops) if self._advance(i, char)]
             if matches and counts:
                 return position, max(matches, key=len)
@@ -79,11 +82,14 @@ class _Sample:
         self._pieces: list[str] = []
         self._held = ""
         self.matched: str | None = None
+        self._is_plain = params.logprobs is None and not (self._decoder and stop_strings(params))
         if params.logprobs is not None:
             self.out.logprobs, self.out.cumulative_logprob = [], 0.0
 
     def feed(self, chunk: TokenChunk) -> Delta:
         """Takes a chunk's tokens one by one, so that chunk borders cannot matter."""
+        if self._is_plain and chunk.finish_reason is None:
+            return self._feed_plain(chunk.token_ids)
         num_before, num_pieces = len(self.out.token_ids), len(self._pieces)
         logprobs = chunk.logprobs or [None] * len(chunk.token_ids)
         for id, logprob in zip(chunk.token_ids, logprobs, strict=True):
@@ -93,6 +99,15 @@ class _Sample:
         if chunk.finish_reason is not None and self.matched is None:
             self._read(self._flush())
         return self._delta(chunk, num_before, num_pieces)
+
+    def _feed_plain(self, ids: list[int]) -> Delta:
+        """Tokens that can only add text, all at once: no stop strings, no log-probabilities, and not the end, where a
+        stop id may be among them."""
+        out = self.out
+        out.token_ids += ids
+        piece = "" if self._decoder is None else self._decoder.feed(ids)
+        self._release(piece)
+        return Delta(self._request.id, out.index, piece, ids)
 
     @property
     def text(self) -> str:
@@ -178,7 +193,8 @@ class Assembler:
         """What the chunk adds; None for a chunk of a sample that has ended (a cancelled row's last steps)."""
         if chunk.stats is not None:
             self._stats[chunk.index] = chunk.stats
-        self._note_prompt_logprobs(chunk)
+        if chunk.prompt_logprobs:
+            self._note_prompt_logprobs(chunk)
         sample = self._samples[chunk.index]
         return None if sample.out.finished else sample.feed(chunk)
 

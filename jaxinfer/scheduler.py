@@ -354,6 +354,7 @@ class Scheduler:
             seq.stats.first_token = now
             self.metrics.record_first_token(seq.stats)
             chunk.prompt_logprobs, seq.scores = seq.scores, None
+            chunk.stats = seq.stats  # a row that a stop string ends later has no last chunk
         return chunk
 
     def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:

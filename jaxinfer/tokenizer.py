@@ -4,10 +4,10 @@ The library is Rust: a bug or a hostile file there panics, and a panic is a Base
 through `_typed`, so that one request or one file gets an error and nothing else happens.
 """
 
-import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from encodings import utf_8
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Tokenizer:
         self.has_byte_fallback = "ByteFallback" in decoders
         """Whether tokens like <0xE2> stand for single bytes."""
         self._bytes: dict[int, bytes] = {}
+        self._spellings = {skip: _Spellings(self, skip) for skip in (True, False)}
         self.special_tokens = _special_tokens(config)
         self.chat_template = chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -130,6 +131,10 @@ class Tokenizer:
             found = self._bytes[id] = self._spell(self.token(id) or "", id)
         return found
 
+    def spellings(self, skip_special_tokens: bool) -> "Mapping[int, bytes]":
+        """Id to the bytes that `decode` makes of it, b"" for silent ones; a lookup runs no Python code."""
+        return self._spellings[skip_special_tokens]
+
     def token_text(self, id: int) -> str:
         """Text of one token in the middle of a text; half a character is U+FFFD."""
         return self.token_bytes(id).decode(errors="replace")
@@ -153,19 +158,35 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
 
+class _Spellings(dict[int, bytes]):
+    """Filled as ids come up."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+
+    def __missing__(self, id: int) -> bytes:
+        tokenizer = self._tokenizer
+        self[id] = found = b"" if tokenizer.is_silent(id, self._skip) else tokenizer.token_bytes(id)
+        return found
+
+
 class BytesDecoder:
     """Text of a byte-level sequence as it grows: O(1) a token, never half a character."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._spell = tokenizer.spellings(skip_special_tokens).__getitem__
+        self._utf8 = utf_8.IncrementalDecoder(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """Text that is certain after these ids; an unfinished character waits."""
-        tokenizer, skip = self._tokenizer, self._skip
-        return "".join(self._utf8.decode(tokenizer.token_bytes(id)) for id in ids
-                       if not tokenizer.is_silent(id, skip))
+        data = b"".join(map(self._spell, ids))
+        if not self._utf8.buffer:
+            try:
+                return data.decode()  # nearly always whole characters, and then this is much faster
+            except UnicodeDecodeError:
+                pass
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """What was held back: U+FFFD for an unfinished character, else nothing."""

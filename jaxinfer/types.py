@@ -179,6 +179,7 @@ class TokenChunk:
 
     finish_reason: None while it runs, then "stop" (a stop id), "length", "abort" or "error".
     stop_reason: the stop id that matched; None for end-of-sequence. `error` is set with "error".
+    stats: in the first and the last chunk of a sample; one object, which the engine goes on writing to.
     """
 
     request_id: str

@@ -124,7 +124,9 @@ def test_stop_strings_cut_the_text_and_end_the_row(llm):
     whole = llm.generate(PROMPT, greedy(max_tokens=30))[0].outputs[0].text
     stop = whole[8:11]
     assert len(stop) == 3
-    output = llm.generate(PROMPT, greedy(max_tokens=100, stop=[stop]))[0].outputs[0]
+    request = llm.generate(PROMPT, greedy(max_tokens=100, stop=[stop]))[0]
+    assert request.metrics.first_token >= request.metrics.scheduled > 0, "a row ended by a stop string has times, too"
+    output = request.outputs[0]
     assert output.text == whole[:whole.index(stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
     kept = llm.generate(PROMPT, greedy(max_tokens=100, stop=[stop], include_stop_str_in_output=True))[0].outputs[0]
