@@ -103,7 +103,8 @@ def local_forward(
     params: Params, tokens, positions, kv_pages, rows, *, config, max_q_len, implementation, axis
 ) -> tuple[jax.Array, jax.Array]:
     """`forward` on one shard: params and pages are its own parts; the rest is whole."""
-    cos, sin = rope_tables(config, positions)
+    # Without the barrier XLA fuses the tables into every layer: sines again for each of its heads.
+    cos, sin = lax.optimization_barrier(rope_tables(config, positions))
     schedule = make_schedule(params, tokens, kv_pages, rows, config, max_q_len, implementation)
     step = Step(cos, sin, rows, schedule, config, max_q_len, implementation, axis)
     with jax.named_scope("embed"):
