@@ -157,9 +157,13 @@ def make_schedule(params, tokens, kv_pages, rows, config, max_q_len, implementat
 
 
 def unrolled_layers(layers: tuple[Params, ...], x: jax.Array, kv_pages: jax.Array, step: Step):
-    """One layer after the other: a program as long as the model, in which no weight is copied on CPU, GPU and tpu7x."""
+    """One layer after the other: a program as long as the model, in which no weight is copied on CPU, GPU and tpu7x.
+
+    Layers of one kind are traced and lowered once, as a function that XLA inlines.
+    """
+    one_layer = jax.jit(decoder_layer, static_argnums=2)
     for index, (layer, window) in enumerate(zip(layers, step.config.windows, strict=True)):
-        x, kv_pages = decoder_layer(layer, index, window or None, x, kv_pages, step)
+        x, kv_pages = one_layer(layer, jnp.int32(index), window or None, x, kv_pages, step)
     return x, kv_pages
 
 
