@@ -10,8 +10,6 @@ from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, Prefi
 from jaxinfer.types import RowInit, StepKind, StepPlan
 
 INIT_SLOT = COLUMNS["init_slot"]
-ON_DEVICE = (0,)
-"""Stands in the packed tokens where only the device knows the id."""
 UINT32 = 0xFFFFFFFF
 
 
@@ -65,20 +63,20 @@ class Batcher:
         tokens, rows, pages, tail = layout.views(flat)
         rows[:, COLUMNS["slot"]] = rows[:, INIT_SLOT] = self.no_slot
         pages[:, 0] = self.no_slot
-        counts = [len(ids) or 1 for ids in plan.tokens]
-        packed = [token for ids in plan.tokens for token in ids or ON_DEVICE]
-        tokens[:len(packed)] = packed
-        # By columns: one conversion of a long list each instead of one assignment a row.
-        fields = rows[:len(counts)].T
-        fields[COLUMNS["slot"]] = plan.slots
-        fields[COLUMNS["q_len"]] = counts
-        fields[COLUMNS["end"]] = plan.starts
-        fields[COLUMNS["end"]] += fields[COLUMNS["q_len"]]
-        fields[COLUMNS["on_device"]] = [not ids for ids in plan.tokens]
-        fields[COLUMNS["samples"]] = plan.samples
+        num_rows, num_decode_rows = len(plan.slots), plan.num_decode_rows
+        rows[:num_rows, COLUMNS["slot"]] = plan.slots
+        # Of decode rows only the device knows the token and the end.
+        for column in ("q_len", "on_device", "samples"):
+            rows[:num_decode_rows, COLUMNS[column]] = 1
+        chunks, starts = plan.tokens[num_decode_rows:], plan.starts[num_decode_rows:]
+        for row, ids, start, samples in zip(rows[num_decode_rows:], chunks, starts, plan.samples[num_decode_rows:],
+                                            strict=False):
+            row[COLUMNS["q_len"]], row[COLUMNS["end"]], row[COLUMNS["samples"]] = len(ids), start + len(ids), samples
+        packed = [token for ids in chunks for token in ids]
+        tokens[num_decode_rows:num_decode_rows + len(packed)] = packed
         self._put_inits(plan, rows)
-        singles = counts.count(1)
-        tail[:] = singles, singles, len(counts), plan.sampler
+        singles = num_decode_rows + sum(len(ids) == 1 for ids in chunks)
+        tail[:] = singles, singles, num_rows, plan.sampler
         return flat, pages
 
     def _put_inits(self, plan: StepPlan, rows: np.ndarray) -> None:
@@ -98,14 +96,13 @@ class Batcher:
 
 def _put_init(row: np.ndarray, floats: np.ndarray, init: RowInit) -> None:
     """Fills the init columns of one row; `floats` is the same memory as float32."""
-    row[INIT_SLOT:STOP_COLUMN] = (
+    no_stop_ids = (-1,) * (ROW_WIDTH - STOP_COLUMN - len(init.stop_ids))
+    row[INIT_SLOT:] = (
         init.slot, init.tokens_left, _word(init.seed >> 32), _word(init.seed), init.sample_index, 0, init.top_k, 0, 0,
-        init.min_position)
+        init.min_position, *init.stop_ids, *no_stop_ids)
     floats[COLUMNS["temperature"]] = init.temperature
     floats[COLUMNS["top_p"]] = init.top_p
     floats[COLUMNS["min_p"]] = init.min_p
-    row[STOP_COLUMN:ROW_WIDTH] = -1
-    row[STOP_COLUMN:STOP_COLUMN + len(init.stop_ids)] = init.stop_ids
 
 
 def _word(value: int) -> int:

@@ -124,8 +124,7 @@ class Executor:
         array = np.asarray(step.result)
         form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
-        ids = table[:, :, 0].T.tolist()
-        tokens = [[token for token in row if token >= 0] for row in ids]
+        tokens = sampled_tokens(table[:, :, 0])
         logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
         return StepResult(tokens, logprobs, self._read_scores(step))
 
@@ -146,3 +145,10 @@ class Executor:
             part = np.asarray(self._programs[LOGITS](self._params, hidden, self._put(np.asarray(np.int32(start)))))
             parts.append(part[first - start:])
         return np.concatenate(parts)[:count]
+
+
+def sampled_tokens(ids: np.ndarray) -> list[list[int]]:
+    """Tokens of each row from i32[rounds, R], in which -1 stands for none."""
+    if len(ids) == 1:
+        return [[token] if token >= 0 else [] for token in ids[0].tolist()]
+    return [[token for token in row if token >= 0] for row in ids.T.tolist()]

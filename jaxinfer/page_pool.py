@@ -12,7 +12,6 @@ sequences compute the same block at once both keep their own page and the first 
 """
 
 import hashlib
-import json
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -138,11 +137,12 @@ def block_hashes(tokens: Sequence[int], page_size: int, extra_keys: tuple[str, .
     done = len(hashes) * page_size
     if done + page_size > len(tokens):
         return hashes
-    parent = hashes[-1] if hashes else hashlib.sha256(json.dumps(extra_keys).encode()).digest()
+    sha256 = hashlib.sha256
+    parent = hashes[-1] if hashes else sha256(repr(extra_keys).encode()).digest()
     numbers = array("i", tokens[done:])
     data, width = numbers.tobytes(), numbers.itemsize * page_size
     for start in range(0, len(data) - width + 1, width):
-        parent = hashlib.sha256(parent + data[start:start + width]).digest()
+        parent = sha256(parent + data[start:start + width]).digest()
         hashes.append(parent)
     return hashes
 

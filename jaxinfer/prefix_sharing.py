@@ -50,14 +50,18 @@ class PrefixSharing:
         full = num_computed // self._pool.page_size
         hashes = self._hashes(seq)
         for index in range(seq.registered, full):
-            self._pool.register(seq.pages[index], hashes[index])
-        self._forget(seq, hashes[seq.registered:full])
+            digest = hashes[index]
+            self._pool.register(seq.pages[index], digest)
+            if self._computing.get(digest) is seq:
+                del self._computing[digest]
         seq.registered = full
         seq.register_at = (full + 1) * self._pool.page_size
 
     def leave(self, seq: Sequence) -> None:
         """A row stops running: nobody should wait for it."""
-        self._forget(seq, seq.hashes[seq.registered:])
+        for digest in seq.hashes[seq.registered:]:
+            if self._computing.get(digest) is seq:
+                del self._computing[digest]
 
     def clear(self) -> None:
         """No row runs any more."""
@@ -72,8 +76,3 @@ class PrefixSharing:
     def _hashes(self, seq: Sequence) -> list[Digest]:
         """Hashes of all full blocks of known tokens."""
         return block_hashes(seq.tokens, self._pool.page_size, (seq.request.cache_salt,), seq.hashes)
-
-    def _forget(self, seq: Sequence, digests: list[Digest]) -> None:
-        for digest in digests:
-            if self._computing.get(digest) is seq:
-                del self._computing[digest]

@@ -9,7 +9,7 @@ tokens is an upper bound then, exact for every row that the device does not stop
 
 import heapq
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from operator import attrgetter
@@ -151,9 +151,11 @@ class Scheduler:
         return TokenChunk(seq.request_id, seq.sample_index, ids, finish_reason=reason, stats=seq.stats)
 
     def _stop_running(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        del self._running[bisect_left(self._running, seq.key, key=by_key)]
         self._num_prefilling -= not seq.decoding
         heapq.heappush(self._free_slots, seq.slot)
+        if seq.quiet_until:  # all but the token sampled last is computed
+            self._sharing.register(seq, len(seq.tokens) - 1)
         self._sharing.leave(seq)
         self.pool.release(seq.pages)
 
@@ -204,7 +206,7 @@ class Scheduler:
 
     def _grow(self, draft: _Draft, seq: Sequence) -> bool:
         """Pages for the row's next rounds; False when the pool has not enough."""
-        pages = self.pool.allocate(self._num_missing([seq], draft.rounds))
+        pages = self.pool.allocate(1 if draft.rounds == 1 else self._num_missing([seq], draft.rounds))
         if pages is None:
             return False
         draft.new_pages.append((seq.slot, len(seq.pages), tuple(pages)))
@@ -319,34 +321,36 @@ class Scheduler:
         rows = self._in_flight.pop(plan.step_id)
         if plan.kind is StepKind.PREFILL:
             self._commit_chunks(plan, result, rows)
-        chunks: list[TokenChunk] = []
-        rounds, logprobs, num_tokens = plan.num_rounds, result.logprobs, 0
+        chunks, logprobs, num_tokens = [], result.logprobs, 0
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
-            if samples and not seq.finished:
-                chunk = self._append(seq, ids, rounds, now)
-                if logprobs is not None and seq.num_logprobs is not None:
-                    chunk.logprobs = _trim(logprobs[row], seq.num_logprobs)
-                chunks.append(chunk)
-                num_tokens += len(ids)
+            if seq.finished or not samples:
+                continue
+            tokens, stop_ids, count = seq.tokens, seq.stop_ids, len(ids)
+            tokens += ids
+            num_tokens += count
+            stops = count != plan.num_rounds or (ids[-1] in stop_ids)
+            if stops or len(tokens) > seq.quiet_until:
+                chunk = self._take_in(seq, ids, stops, now)
+            else:  # most rows of most steps
+                chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
+            if logprobs is not None and seq.num_logprobs is not None:
+                chunk.logprobs = _trim(logprobs[row], seq.num_logprobs)
+            chunks.append(chunk)
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
 
     def _commit_chunks(self, plan: StepPlan, result: StepResult, rows: list[Sequence]) -> None:
         """What chunks bring besides a sampled token: full pages, and prompt scores."""
-        for row, (seq, ids, start) in enumerate(zip(rows, plan.tokens, plan.starts, strict=True)):
-            if ids and not seq.finished:
+        for row in range(plan.num_decode_rows, len(rows)):
+            seq, ids, start = rows[row], plan.tokens[row], plan.starts[row]
+            if not seq.finished:
                 self._sharing.register(seq, start + len(ids))
                 if seq.scores is not None and result.prompt_logprobs is not None:
                     seq.scores += _trim(result.prompt_logprobs[row], seq.num_prompt_logprobs or 0)
 
-    def _append(self, seq: Sequence, ids: list[int], rounds: int, now: float) -> TokenChunk:
-        """The chunk of a row's new tokens, its last one if they end it."""
-        tokens, stop_ids = seq.tokens, seq.stop_ids
-        tokens += ids
-        known = len(tokens)
-        if known > seq.register_at:
-            self._sharing.register(seq, known - 1)
-        if known > seq.end or len(ids) != rounds or (stop_ids and ids[-1] in stop_ids):
+    def _take_in(self, seq: Sequence, ids: list[int], stops: bool, now: float) -> TokenChunk:
+        """The chunk of a row's new tokens that end it or are its first since it started."""
+        if stops or len(seq.tokens) > seq.end:
             chunk = self._end_by_tokens(seq, ids, now)
         else:
             chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
@@ -355,6 +359,7 @@ class Scheduler:
             self.metrics.record_first_token(seq.stats)
             chunk.prompt_logprobs, seq.scores = seq.scores, None
             chunk.stats = seq.stats  # a row that a stop string ends later has no last chunk
+        seq.quiet_until = seq.end
         return chunk
 
     def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:

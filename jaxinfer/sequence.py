@@ -29,6 +29,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
+        "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
 
     def __init__(self, request: Request, sample_index: int):
@@ -63,6 +64,7 @@ class Sequence:
         self.decoding = False
         self.registered = 0
         self.register_at = 0
+        self.quiet_until = 0
         if self.scores is not None:
             self.scores = []
 

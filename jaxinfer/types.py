@@ -104,12 +104,12 @@ class RowInit:
 class StepPlan:
     """One device call as plain data: with the checkpoint it alone determines what the device does.
 
-    Rows come sorted: rows with one query first, then prompt chunks (DESIGN: `distribution`).
+    Rows come sorted: decode rows, prompt chunks of one token, longer chunks (the kernels' `distribution`).
 
     slots:     per row, its index in the device's RowState
     tokens:    per row, the prompt ids to compute; () means one token that only the device knows
     starts:    per row, position of its first computed token; for () rows an upper bound
-    samples:   per row, whether a token is sampled after the step (False: an inner prompt chunk)
+    samples:   per row, whether a token is sampled after the step (False: an inner prompt chunk); decode rows always
     init_rows: rows whose device state is (re)initialised by this step
     new_pages: (slot, index of the first in the row's page table, page ids)
     prompt_logprobs: rows are scored against their own next token; prefill steps only
@@ -132,7 +132,12 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Packed tokens of the step (T before padding), one round."""
-        return sum(len(ids) or 1 for ids in self.tokens)
+        return sum(map(len, self.tokens)) + self.num_decode_rows
+
+    @property
+    def num_decode_rows(self) -> int:
+        """The first rows: those with one token that only the device knows."""
+        return self.tokens.count(())
 
 
 @dataclass(frozen=True, slots=True)

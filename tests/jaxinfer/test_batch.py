@@ -25,11 +25,11 @@ new_pages = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), page_lists
 
 @st.composite
 def prefill_plans(draw):
-    lengths = sorted(draw(st.lists(st.sampled_from([0, 1, 2, 7]), min_size=1, max_size=4)), key=lambda count: count > 1)
+    lengths = sorted(draw(st.lists(st.sampled_from([0, 1, 2, 7]), min_size=1, max_size=4)))
     ids = tuple(tuple(draw(st.lists(st.integers(0, 255), min_size=n, max_size=n))) for n in lengths)
     return StepPlan(
         0, StepKind.PREFILL, 1, draw(st.sampled_from(SamplerForm)), tuple(range(len(ids))), ids,
-        tuple(draw(st.integers(0, 60)) for _ in ids), tuple(draw(st.booleans()) for _ in ids),
+        tuple(draw(st.integers(0, 60)) for _ in ids), tuple(not one or draw(st.booleans()) for one in ids),
         tuple(draw(st.lists(inits, max_size=len(ids)))), draw(new_pages))
 
 
@@ -41,12 +41,14 @@ def test_a_prefill_plan_survives_packing(plan):
     fields = layout.unpack(jnp.asarray(flat))
     rows = len(plan.slots)
     counts = [len(ids) or 1 for ids in plan.tokens]
-    packed = [token for ids in plan.tokens for token in (ids or (0,))]
-    np.testing.assert_array_equal(fields.tokens[:len(packed)], packed)
+    packed = [token for ids in plan.tokens for token in ids]
+    known = slice(plan.num_decode_rows, plan.num_decode_rows + len(packed))
+    np.testing.assert_array_equal(fields.tokens[known], packed)
     np.testing.assert_array_equal(fields.slots[:rows], plan.slots)
     np.testing.assert_array_equal(fields.q_lens[:rows], counts)
     np.testing.assert_array_equal(fields.q_lens[rows:], 0)
-    np.testing.assert_array_equal(fields.ends[:rows], np.add(plan.starts, counts))
+    decoding = plan.num_decode_rows
+    np.testing.assert_array_equal(fields.ends[decoding:rows], np.add(plan.starts, counts)[decoding:])
     np.testing.assert_array_equal(fields.on_device[:rows], [not ids for ids in plan.tokens])
     np.testing.assert_array_equal(fields.samples[:rows], plan.samples)
     np.testing.assert_array_equal(fields.distribution, [counts.count(1), counts.count(1), rows])

@@ -96,7 +96,7 @@ def test_quantised_weights_are_cut_like_float_ones():
     params = random_params(config, 1, layer_loop="unrolled")
     params["layers"] = tuple(quantised(layer) for layer in params["layers"])
     specs = partition_specs(params, config, mesh)
-    cut = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs)
+    cut = jax.tree.map(lambda leaf, spec: jax.device_put(np.asarray(leaf), NamedSharding(mesh, spec)), params, specs)
     for name in ("up", "down"):  # [128, 64] by its first and [64, 128] by its second dimension
         assert cut["layers"][0][name]["weight"].values.addressable_shards[0].data.shape == (64, 64)
     whole = PagedModel(config, params, len(PROMPTS)).prefill_all(PROMPTS, chunk=14)
