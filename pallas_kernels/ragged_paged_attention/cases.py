@@ -166,6 +166,10 @@ CASES: tuple[AttentionCase, ...] = (
                   sinks=True, num_padding_rows=2, num_padding_tokens=9, dtype="bfloat16", kv_dtype="bfloat16"),
     AttentionCase("prefill", ((200, 200), (70, 300)), page_size=16, max_pages=32, head_dim=64),
     AttentionCase("prefill_window", ((200, 200), (70, 500)), page_size=16, max_pages=32, window=100),
+    AttentionCase("prefill_short_and_long", ((1, 70), (300, 300), (130, 190), (128, 128), (129, 129), (40, 600),
+                  (257, 400), (3, 3)), num_single=1, page_size=16, max_pages=64),
+    AttentionCase("prefill_short_and_long_window", ((300, 600), (20, 20), (200, 900), (64, 128)), page_size=16,
+                  max_pages=64, window=130),
     AttentionCase("prefill_head_256", ((12, 12), (7, 33)), head_dim=256, num_kv_heads=1, group=1),
     AttentionCase("unsorted_lengths_in_tiles", ((65, 65), (2, 60), (64, 64), (1, 30)), page_size=8),
 )  # fmt: skip

@@ -16,7 +16,6 @@ from jax import Array, lax
 
 from pallas_kernels.ragged_paged_attention.contract import AttentionImplementation, AttentionSpec, common_reasons
 from pallas_kernels.ragged_paged_attention.xla_schedule import (
-    Blocks,
     Items,
     Schedule,
     make_schedule,
@@ -92,8 +91,8 @@ def attend(
     options = Options(scale, soft_cap, sinks, None if window is None else jnp.asarray(window, jnp.int32).reshape(()))
     kv_pages = write_new(keys, values, kv_pages, layer, schedule)
     outputs = attend_few(queries, kv_pages, layer, schedule, options)
-    if schedule.many is not None:
-        outputs = attend_many(outputs, queries, kv_pages, layer, schedule.many, schedule.blocks, options)
+    if schedule.many:
+        outputs = attend_many(outputs, queries, kv_pages, layer, schedule, options)
     # Without the barrier a next layer's write that depends on no output may be scheduled before these reads: XLA then
     # copies all pages to keep both.
     return lax.optimization_barrier((outputs, kv_pages))
@@ -117,11 +116,11 @@ def write_new(keys: Array, values: Array, kv_pages: Array, layer: Array, schedul
 
 def attend_few(queries: Array, kv_pages: Array, layer: Array, schedule: Schedule, options: Options) -> Array:
     """Outputs [T, N, H] of the row form; zeros for the tokens of all other rows."""
-    items, width, blocks = schedule.few, schedule.few_width, schedule.blocks
-    dtype = compute_dtype(blocks.row_float32, queries, kv_pages)
+    items, width = schedule.few, schedule.few_width
+    dtype = compute_dtype(schedule.blocks.row_float32, queries, kv_pages)
 
     def chunk(c: Array, buffer: Array) -> Array:
-        new = attend_items(queries, kv_pages, layer, items, c * width, width, blocks.row_kv, dtype, options)
+        new = attend_items(queries, kv_pages, layer, items, c * width, width, dtype, options)
         return lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (c * width, 0, 0, 0))
 
     buffer = jnp.zeros_like(queries, shape=(*items.tokens.shape, *queries.shape[1:]))
@@ -130,20 +129,24 @@ def attend_few(queries: Array, kv_pages: Array, layer: Array, schedule: Schedule
 
 
 def attend_many(
-    outputs: Array, queries: Array, kv_pages: Array, layer: Array, items: Items, blocks: Blocks, options: Options
+    outputs: Array, queries: Array, kv_pages: Array, layer: Array, schedule: Schedule, options: Options
 ) -> Array:
-    """`outputs` [T, N, H] with the tiles of the tile form filled in."""
-    num_tokens, tile_q = outputs.shape[0], items.tokens.shape[1]
-    dtype = compute_dtype(blocks.tile_float32, queries, kv_pages)
+    """`outputs` [T, N, H] with the tokens of the tile form's rows filled in."""
+    num_tokens = outputs.shape[0]
+    dtype = compute_dtype(schedule.blocks.tile_float32, queries, kv_pages)
+    largest = max(items.tokens.shape[1] for items in schedule.many)
+    outputs = jnp.pad(outputs, ((0, largest), (0, 0), (0, 0)))  # a short tile at the end may reach beyond T
+    for items in schedule.many:
 
-    def tile(i: Array, outputs: Array) -> Array:
-        new = attend_items(queries, kv_pages, layer, items, i, 1, blocks.tile_kv, dtype, options)[0]
-        # What a short tile has too much is zeros, over tokens of rows that come later (or are zeros for good): the row
-        # form's rows all lie before the first tile, and tiles run in packed order.
-        return lax.dynamic_update_slice(outputs, new.astype(outputs.dtype), (items.tokens[i, 0], 0, 0))
+        def one_tile(i: Array, outputs: Array, items: Items = items) -> Array:
+            new = attend_items(queries, kv_pages, layer, items, i, 1, dtype, options)[0]
+            at = (items.tokens[i, 0], 0, 0)
+            old = lax.dynamic_slice(outputs, at, new.shape)  # other rows' where the tile is short
+            mine = items.positions[i] >= 0
+            return lax.dynamic_update_slice(outputs, jnp.where(mine[:, None, None], new.astype(old.dtype), old), at)
 
-    padded = jnp.pad(outputs, ((0, tile_q), (0, 0), (0, 0)))
-    return lax.fori_loop(0, items.count, tile, padded)[:num_tokens]
+        outputs = lax.fori_loop(0, items.count, one_tile, outputs)
+    return outputs[:num_tokens]
 
 
 def compute_dtype(in_float32: bool, queries: Array, kv_pages: Array):
@@ -157,7 +160,6 @@ def attend_items(
     items: Items,
     item: Array,
     width: int,
-    kv_block: int,
     dtype,
     options: Options,
 ) -> Array:
@@ -166,7 +168,7 @@ def attend_items(
     num_kv_heads, page_size = kv_pages.shape[KV_HEAD_AXIS], kv_pages.shape[PAGE_SIZE_AXIS]
     num_queries = items.tokens.shape[1]
     group = num_q_heads // num_kv_heads
-    block_pages = pages_a_block(kv_block, page_size)
+    block_pages = pages_a_block(items.kv_block, page_size)
     kv_block = block_pages * page_size
     heads_first = (width, num_kv_heads, num_queries * group)  # [W, K, A], A = Q * G rows of both matmuls
 

@@ -18,35 +18,42 @@ NO_PAGE = 2**30
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Static sizes of a tile: queries, and tokens of context an iteration (cut to whole pages, at least one)."""
+
+    queries: int
+    kv: int
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Static sizes of the loops.
 
     Fields:
       rows: W, rows served together in the row form.
-      row_kv, tile_kv: tokens of context an iteration, in the row and in the tile form (cut to whole pages, at least
-      one). tile_q: queries of a tile.
+      row_kv: tokens of context an iteration of the row form (cut to whole pages, at least one).
+      tiles: of the tile form, largest first.
       row_float32, tile_float32: multiply in float32 (else in the dtype of queries and pages).
     """
 
     rows: int
     row_kv: int
     row_float32: bool
-    tile_q: int
-    tile_kv: int
+    tiles: tuple[Tile, ...]
     tile_float32: bool
 
     @staticmethod
     def choose(platform: str) -> "Blocks":
         if platform == "cpu":
-            # Measured with 64 rows of 16 to 512 tokens and with prefills of 512 and 2048, 8/2 heads of 64, bfloat16
-            # pages. The row form: W 8, 16, 32 with blocks of 64 take 5.8, 5.0, 4.5 ms for 5 layers, with blocks of 128
-            # 5.2, 4.2, 4.7 ms; in bfloat16 a tenth to a fifth more (XLA:CPU gathers bfloat16 slowly, and a few rows do
-            # not fill its bfloat16 matmul). The tile form: blocks of 128 against 256 take 0.33 against 0.53 ms for a
-            # prompt of 64, 68 against 65 ms for one of 2048; tiles of 128 queries gain an eighth there, but a short
-            # prompt pays for all 128.
-            return Blocks(rows=16, row_kv=128, row_float32=True, tile_q=64, tile_kv=128, tile_float32=False)
+            # Measured with 8/2 heads of 64 and bfloat16 pages. The row form, 64 rows of 16 to 256 tokens: W 8, 16, 32
+            # with blocks of 64 take 5.8, 5.0, 4.5 ms for 5 layers, with blocks of 128 5.2, 4.2, 4.7 ms; in bfloat16 a
+            # tenth to a fifth more (XLA:CPU gathers bfloat16 slowly, and a few rows do not fill its bfloat16 matmul).
+            # The tile form: a prompt of 2048 takes 23 ms a layer in tiles of 256 x 256 and 40 ms in tiles of 64 x 128;
+            # a prompt of 64 takes 0.33 ms in a tile of 64 x 128 and 0.53 ms in one of 64 x 256.
+            return Blocks(rows=16, row_kv=128, row_float32=True, tiles=(Tile(256, 256), Tile(64, 128)),
+                          tile_float32=False)
         # Not measured. A loop of dynamic length asks the host after each iteration on a GPU: few and large ones.
-        return Blocks(rows=64, row_kv=256, row_float32=False, tile_q=256, tile_kv=512, tile_float32=False)
+        return Blocks(rows=64, row_kv=256, row_float32=False, tiles=(Tile(256, 512),), tile_float32=False)
 
 
 @register_dataclass
@@ -60,6 +67,7 @@ class Items:
       ends: i32[X], one more than the last position, 0 for an unused item.
       pages: i32[X, M'], the row's pages, 0 beyond its length; M' is a whole number of blocks.
       count: i32[].
+      kv_block: tokens of context an iteration.
     """
 
     tokens: Array
@@ -67,6 +75,7 @@ class Items:
     ends: Array
     pages: Array
     count: Array
+    kv_block: int = field(metadata={"static": True})
 
 
 @register_dataclass
@@ -78,14 +87,14 @@ class Schedule:
       page, slot: i32[T], where each token's key and value go; the page of a token that goes nowhere is out of range.
       few: the row form's rows, longest first: a chunk of W lasts as long as its longest row.
       few_slot: i32[T], where a token's output lies among the row form's X * Q; X * Q for tokens of no such row.
-      many: the tile form's tiles in packed order, None in a decode step.
+      many: the tile form's tiles by kind; none in a decode step.
     """
 
     page: Array
     slot: Array
     few: Items
     few_slot: Array
-    many: Items | None
+    many: tuple[Items, ...]
     few_width: int = field(metadata={"static": True})  # W
     blocks: Blocks = field(metadata={"static": True})
 
@@ -120,7 +129,7 @@ def make_schedule(
     active = (kv_lens > 0) & (row < distribution[2])
     kv_lens = jnp.where(active, kv_lens, 0)
     q_lens = jnp.where(active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
-    pages = clean_pages(page_indices, kv_lens, spec.page_size, max(blocks.row_kv, blocks.tile_kv))
+    pages = clean_pages(page_indices, kv_lens, spec.page_size, max(blocks.row_kv, *(tile.kv for tile in blocks.tiles)))
     rows = Rows(*(with_null_row(by_row) for by_row in (kv_lens, q_lens, cu_q_lens[:-1], pages)))
 
     all_few = spec.max_q_len is not None and spec.max_q_len <= MAX_ROW_FORM_QUERIES
@@ -132,8 +141,9 @@ def make_schedule(
     index = token - cu_q_lens[owner]
     page, slot = destinations(rows, owner, index, spec.page_size)
     order = few_order(in_few, kv_lens, width)
-    few = make_items(rows, order, jnp.zeros_like(order), jnp.sum(in_few, dtype=jnp.int32), few_queries)
-    many = None if all_few else many_items(rows, jnp.where(in_few, 0, q_lens), num_tokens, blocks.tile_q)
+    num_few = jnp.sum(in_few, dtype=jnp.int32)
+    few = make_items(rows, order, jnp.zeros_like(order), num_few, Tile(few_queries, blocks.row_kv))
+    many = () if all_few else many_items(rows, jnp.where(in_few, 0, q_lens), num_tokens, blocks.tiles)
     return Schedule(
         page=page,
         slot=slot,
@@ -170,20 +180,33 @@ def few_order(in_few: Array, kv_lens: Array, width: int) -> Array:
     return jnp.pad(order, (0, -num_rows % width), constant_values=num_rows)
 
 
-def many_items(rows: Rows, q_lens: Array, num_tokens: int, tile_q: int) -> Items:
-    tile_q = min(tile_q, 1 << (num_tokens - 1).bit_length())
-    size = num_tokens // tile_q + min(q_lens.shape[0], num_tokens)
-    row, index, count = expand(lax.div(q_lens + tile_q - 1, tile_q), size)
-    return make_items(rows, row, index * tile_q, count, tile_q)
+def many_items(rows: Rows, q_lens: Array, num_tokens: int, tiles: tuple[Tile, ...]) -> tuple[Items, ...]:
+    """Items of each kind of tile. A row takes tiles of a kind while they are more than half full, the last kind for the
+    rest.
+    """
+    found = []
+    done = jnp.zeros_like(q_lens)
+    for tile in tiles:
+        size = min(tile.queries, 1 << (num_tokens - 1).bit_length())
+        if tile != tiles[-1] and size <= tiles[-1].queries:
+            continue
+        least = 0 if tile == tiles[-1] else size // 2  # queries that do not yet get a tile
+        capacity = num_tokens // size + min(q_lens.shape[0], num_tokens // (least + 1))
+        counts = lax.div(q_lens - done + size - 1 - least, size)
+        row, index, count = expand(counts, capacity)
+        found.append(make_items(rows, row, with_null_row(done)[row] + index * size, count, Tile(size, tile.kv)))
+        done = jnp.minimum(q_lens, done + counts * size)
+    return tuple(found)
 
 
-def make_items(rows: Rows, row: Array, first: Array, count: Array, num_queries: int) -> Items:
-    """Items of `num_queries` queries of `row` i32[X], from its query `first` i32[X] on."""
+def make_items(rows: Rows, row: Array, first: Array, count: Array, tile: Tile) -> Items:
+    """Items of as many queries as the tile has, of `row` i32[X], from its query `first` i32[X] on."""
     mine = rows[row]
-    index = first[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
+    index = first[:, None] + jnp.arange(tile.queries, dtype=jnp.int32)
     begins = mine.kv_lens - mine.q_lens
     positions = jnp.where(index < mine.q_lens[:, None], begins[:, None] + index, -1)
-    return Items(mine.q_starts[:, None] + index, positions, positions.max(axis=1) + 1, mine.pages, count)
+    return Items(mine.q_starts[:, None] + index, positions, positions.max(axis=1) + 1, mine.pages, count,
+                 tile.kv)
 
 
 def expand(counts: Array, size: int) -> tuple[Array, Array, Array]:
