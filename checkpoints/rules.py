@@ -5,7 +5,7 @@ A family (`families/`) is a table of rules. `{layer}` in a pattern stands for a 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,31 @@ def map_tensors(
     return tree
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The tensor of a file that a tensor of the tree comes from, for messages.
+
+    name: in the file. transposed: its last two dimensions are swapped on the way. is_part: it is cut from that one.
+    """
+
+    name: str
+    transposed: bool = False
+    is_part: bool = False
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape` of the tree's tensor as the file has it."""
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
+
+
+def origin(path: str, family: Family) -> Origin:
+    """Where the tensor at `path` of the tree comes from in the family's files; `path` itself where no rule leads."""
+    for rule in family.rules:
+        for target in [part.path for part in rule.parts] or [rule.path]:
+            if match := compile_pattern(target).fullmatch(path):
+                return Origin(rule.pattern.format(**match.groupdict()), rule.transpose, bool(rule.parts))
+    return Origin(path)
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """`pattern` with `{layer}` as a number of at most four digits."""
     return re.compile(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d{0,3})"))
@@ -117,7 +142,8 @@ def cut_parts(rule: Rule, tensor: LazyTensor, config: Mapping[str, Any], source:
     }
 
 
-def shorten(names: list[str]) -> str:
+def shorten(names: Iterable[str], separator: str = ", ") -> str:
     """The first few names, and how many more there are."""
-    shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
+    names = sorted(names)
+    shown = separator.join(names[:MAX_NAMES_SHOWN])
     return shown + (f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else "")

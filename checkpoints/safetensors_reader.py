@@ -24,6 +24,11 @@ MAX_TENSORS_PER_FILE = 100_000
 """A million empty tensors are valid, and cost a naive reader a gigabyte."""
 MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+LFS_MARK = b"version https://git-lfs"
+"""How every git-LFS pointer begins (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+PAGE_MARKS = (b"<!doctype", b"<html", b"<head", b"<?xml")
+HEAD_BYTES = 256
+"""Of a file, looked at to recognise what else it may be; pages may begin with blank lines."""
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -89,14 +94,29 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """A JSON object of bounded size. Raises CheckpointError."""
     try:
         size = path.stat().st_size
-        found = json.loads(path.read_bytes()) if size <= max_bytes else None
+        raw = path.read_bytes() if size <= max_bytes else b""
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    if size > max_bytes:
+        raise CheckpointError(path, f"is {size} bytes; the limit is {max_bytes}")
+    try:
+        found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not valid JSON: {error}") from error
+        problem = mistaken_for(raw) or f"is not valid JSON: {error}; repair it or download it again"
+        raise CheckpointError(path, problem) from error
     if not isinstance(found, dict):
-        raise CheckpointError(path, f"is larger than {max_bytes} bytes" if found is None else "is not a JSON object")
+        raise CheckpointError(path, f"must hold a JSON object, it holds a {type(found).__name__}")
     return found
+
+
+def mistaken_for(head: bytes) -> str | None:
+    """What a file that begins so is instead of a checkpoint's, and what to do; None when that is unknown."""
+    start = head[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(LFS_MARK):
+        return "is a git-LFS pointer, not the file itself; run `git lfs pull` in its repository, or download the file"
+    if start.startswith(PAGE_MARKS):
+        return "is an HTML page, not the file itself: its download failed; download it again, logged in if it is gated"
+    return None
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
@@ -122,8 +142,9 @@ def read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]:
     if len(prefix) < 8:
         raise CheckpointError(path, f"has {size} bytes, too few for a header; the file is truncated")
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(path, f"says that its header has {length} bytes, more than the limit {MAX_HEADER_BYTES}")
+    if length > MAX_HEADER_BYTES:  # also any text, since its first 8 bytes make a huge number
+        problem = f"says that its header has {length} bytes, more than the limit {MAX_HEADER_BYTES}"
+        raise CheckpointError(path, mistaken_for(prefix + file.read(HEAD_BYTES)) or problem)
     if length > size - 8:
         raise CheckpointError(path, f"says that its header has {length} bytes, but only {size - 8} follow; truncated?")
     try:

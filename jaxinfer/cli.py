@@ -109,8 +109,10 @@ def read_line() -> str | None:
 
 def serve(args: argparse.Namespace) -> int:
     shadowing.check("serve")
+    from jaxinfer.start_options import Options
     from serve import server
 
+    Options(model=model_of(args), **given(args, ENGINE_OPTIONS)).validate()  # before a port is taken
     config = server.ServerConfig(host=args.host, port=args.port, drain_seconds=args.drain_seconds)
     return server.serve(lambda: make_llm(args).core, config)
 

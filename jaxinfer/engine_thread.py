@@ -43,7 +43,7 @@ class EngineThread:
         """Queue a request. Raises Overloaded or EngineClosed."""
         with self._wake:
             if not self._accepting:
-                raise EngineClosed("the engine is shutting down; send the request elsewhere")
+                raise EngineClosed("the engine is stopping or has stopped and takes no more requests; start a new one")
             if request.params.n > self._max_waiting:
                 raise InvalidRequest("n", f"{request.params.n} samples are more than may ever wait (max_waiting "
                                      f"{self._max_waiting}); lower n")
@@ -66,7 +66,7 @@ class EngineThread:
         future: Future[Any] = Future()
         with self._wake:
             if self._stopping:
-                raise EngineClosed("the engine is closed")
+                raise EngineClosed("the engine has stopped; start a new one")
             self._post(lambda: self._call(work, future))
         return future.result()
 
@@ -105,7 +105,7 @@ class EngineThread:
             failure = error
         except BaseException:
             log.exception("the engine thread died")
-            failure = EngineClosed("the engine died; the server's log has the reason")
+            failure = EngineClosed("the engine died; the log has the reason")
         finally:
             self._end_all(failure)
 

@@ -11,13 +11,16 @@ from typing import Any
 from jaxinfer import validation
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
-from jaxinfer.tokenizer import Tokenizer, read_json
+from jaxinfer.model_files import read_json
+from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import MAX_STOP_IDS, Request, SamplingParams
 from jaxinfer.validation import Limits
 
 SAMPLING_KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
                  "max_new_tokens": "max_tokens"}
 """generation_config.json's names and ours: the ones that vLLM takes (do_sample, for one, it ignores)."""
+GENERATION_FILE = "generation_config.json"
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,12 @@ class GenerationDefaults:
     """What a model's generation_config.json wishes for.
 
     sampling: used when a caller gives no SamplingParams, and under the fields a client leaves out.
-    eos_token_ids: ids that end a sequence.
+    eos_token_ids: ids that end a sequence; eos_source: the file that names them, for messages.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
+    eos_source: str = field(default=GENERATION_FILE, compare=False)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "GenerationDefaults":
@@ -37,15 +41,23 @@ class GenerationDefaults:
 
         Raises ModelFormatError.
         """
-        generation, config = (read_json(Path(folder) / name) for name in ("generation_config.json", "config.json"))
-        return cls.from_config({"eos_token_id": config.get("eos_token_id")} | generation)
+        source, config_file = Path(folder) / GENERATION_FILE, Path(folder) / CONFIG_FILE
+        generation, config = read_json(source), read_json(config_file)
+        eos_source = source if "eos_token_id" in generation else config_file
+        return cls.from_config({"eos_token_id": config.get("eos_token_id")} | generation, source, eos_source)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "GenerationDefaults":
-        """From the contents of a generation_config.json. Raises ModelFormatError."""
+    def from_config(cls, config: Mapping[str, Any], source: str | Path = GENERATION_FILE,
+                    eos_source: str | Path | None = None) -> "GenerationDefaults":
+        """From the contents of a generation_config.json. Raises ModelFormatError.
+
+        source: the file they come from, for messages; eos_source: the end-of-sequence ids' own, None for the same.
+        """
+        eos_source = str(eos_source or source)
         fields = {ours: config[theirs] for theirs, ours in SAMPLING_KEYS.items() if config.get(theirs) is not None}
-        defaults = cls(replace(SamplingParams(), **fields), _eos_ids(config.get("eos_token_id")))
-        _check_defaults(defaults)
+        eos_ids = _eos_ids(config.get("eos_token_id"), eos_source)
+        defaults = cls(replace(SamplingParams(), **fields), eos_ids, eos_source)
+        _check_defaults(defaults, source)
         return defaults
 
 
@@ -73,8 +85,8 @@ class Intake:
         self.chat_template = chat_template
         self._seeds = seeds or random.Random()  # noqa: S311 (noise for sampling, no secret)
         if any(not 0 <= id < limits.vocab_size for id in self.limits.eos_token_ids):
-            raise ModelFormatError(f"eos_token_id {list(self.limits.eos_token_ids)} is not in the vocabulary, "
-                                   f"[0, {limits.vocab_size})")
+            raise ModelFormatError(f"{self.defaults.eos_source}: eos_token_id {list(self.limits.eos_token_ids)} is not "
+                                   f"in the vocabulary, [0, {limits.vocab_size})")
 
     def request(self, prompt: Any, params: SamplingParams | None = None, *, request_id: str | None = None,
                 priority: int = 0, cache_salt: str = "", seeds: random.Random | None = None) -> Request:
@@ -111,6 +123,8 @@ class Intake:
             return self._tokenize(prompt, add_special_tokens=True)
         if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
             return self.chat(prompt)
+        if prompt is None:
+            raise InvalidRequest("prompt", "is None; give text, token ids or a list of messages")
         return Prompt(validation.checked_prompt(prompt, self.limits))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Prompt:
@@ -133,18 +147,20 @@ class Intake:
         return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)), text)
 
 
-def _check_defaults(defaults: GenerationDefaults) -> None:
+def _check_defaults(defaults: GenerationDefaults, source: str | Path) -> None:
     unlimited = Limits(vocab_size=2**31, max_model_len=2**31, eos_token_ids=defaults.eos_token_ids)
     try:
         validation.validate([0], defaults.sampling, unlimited)
     except InvalidRequest as error:
-        raise ModelFormatError(f"generation_config.json: {error}") from error
+        theirs = next((theirs for theirs, ours in SAMPLING_KEYS.items() if ours == error.field), error.field)
+        problem = str(error).removeprefix(f"{error.field}: ")
+        raise ModelFormatError(f"{source}: {theirs} {problem}; correct it or remove the key") from error
 
 
-def _eos_ids(value: Any) -> tuple[int, ...]:
+def _eos_ids(value: Any, source: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(id, bool) or not isinstance(id, int) for id in ids) or len(ids) > MAX_STOP_IDS:
-        raise ModelFormatError(f"eos_token_id must be an id or a list of at most {MAX_STOP_IDS}, "
+        raise ModelFormatError(f"{source}: eos_token_id must be an id or a list of at most {MAX_STOP_IDS}, "
                                f"got {validation.shown(value)}")
     return tuple(dict.fromkeys(ids))
 

@@ -1,6 +1,6 @@
 """A model folder to placed parameters. The only importer of `checkpoints`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from jaxinfer.params import (
 
 DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
 PROGRESS_AFTER_SECONDS = 2.0
+MISFIT_HINT = "download the model again, or take the config.json that belongs to it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def place_params(
     file.
     """
     sources = dict(flatten_specs(param_specs(config, dtype=dtype)))
-    check_tensors(lazy, sources, folder)
+    check_tensors(lazy, sources, folder, lambda path: rules.origin(path, FAMILIES[config.family]))
     target = param_specs(
         config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
     )
@@ -152,24 +153,51 @@ def place_params(
 
 
 def check_tensors(
-    found: Mapping[str, tensors.TensorInfo | tensors.LazyTensor], specs: dict[str, ParamSpec], folder: Path
+    found: Mapping[str, tensors.TensorInfo | tensors.LazyTensor],
+    specs: dict[str, ParamSpec],
+    folder: Path,
+    origin: Callable[[str], rules.Origin] = rules.Origin,
 ) -> None:
-    """Every weight there, none too many, each of its shape and a float. Raises ModelFormatError."""
-    missing = [path for path in specs if path not in found]
+    """Every weight there, none too many, each of its shape and a float. Raises ModelFormatError.
+
+    origin: from a path of the tree to the tensor of the file; by default a file has our own paths.
+    """
+    missing = {origin(path).name for path in specs if path not in found}
     if missing:
-        raise ModelFormatError(f"{folder}: {len(missing)} weights are missing: {rules.shorten(missing)}")
+        raise ModelFormatError(
+            f"{folder}: {len(missing)} tensors are missing: {rules.shorten(missing)}; {MISFIT_HINT}"
+        )
     surplus = [found[path].name for path in found if path not in specs]
     if surplus:
         raise ModelFormatError(
             f"{folder}: config.json has no place for {len(surplus)} tensors: {rules.shorten(surplus)}"
         )
+    check_shapes({path: found[path].shape for path in specs}, specs, folder, origin)
+    for path in specs:
+        if not jnp.issubdtype(found[path].dtype, jnp.floating):
+            raise ModelFormatError(
+                f"{folder}: {origin(path).name}: expected a float dtype, found {found[path].dtype}"
+            )
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    specs: dict[str, ParamSpec],
+    folder: Path,
+    origin: Callable[[str], rules.Origin],
+) -> None:
+    """Raises ModelFormatError unless the shapes are those of `specs`; its message has them as the file does."""
+    wrong = []
     for path, spec in specs.items():
-        tensor = found[path]
-        label = f"{folder}: {path}" if tensor.name == path else f"{folder}: {tensor.name} ({path})"
-        if tensor.shape != spec.shape:
-            raise ModelFormatError(f"{label}: expected shape {spec.shape}, found {tensor.shape}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ModelFormatError(f"{label}: expected a float dtype, found {tensor.dtype}")
+        if found[path] != spec.shape:
+            there = origin(path)
+            label = f"{there.name} (its part {path})" if there.is_part else there.name
+            wrong.append(f"{label}: expected shape {there.shape(spec.shape)}, found {there.shape(found[path])}")
+    if wrong:
+        raise ModelFormatError(
+            f"{folder}: {len(wrong)} tensors do not have the shape that config.json asks for: "
+            f"{rules.shorten(wrong, '; ')}; {MISFIT_HINT}"
+        )
 
 
 def fitted(tensor: tensors.LazyTensor, source: ParamSpec, target: ParamSpec, head_dim: int) -> tensors.LazyTensor:

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
 from jaxinfer.start_options import Options
 from jaxinfer.types import Request, SamplingParams, TokenChunk
-from jaxinfer.validation import checked_prompt
+from jaxinfer.validation import checked_prompt, shown
 
 RETRY_SECONDS = 0.02
 """Pause of a `generate` that finds the queue full of other callers' requests."""
@@ -73,6 +73,7 @@ class LLM:
         self._executor = started.executor
         self._max_outstanding = max_waiting
         self._quiet = quiet
+        self._closed = False
 
     def generate(self, prompts: Promptlike | Sequence[Promptlike],
                  sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
@@ -80,8 +81,9 @@ class LLM:
         """Completes one prompt or many; outputs come in the prompts' order.
 
         sampling_params: one for all, or one a prompt; None takes the model's generation_config. All prompts are
-        checked before the first one runs. Raises InvalidRequest or TokenizerMissing.
+        checked before the first one runs. Raises InvalidRequest, TokenizerMissing or, after `close`, EngineClosed.
         """
+        self._check_open()
         many = [_read(self.core, prompt) for prompt in _as_list(prompts)]
         params = _one_each(sampling_params, len(many))
         requests = [self.core.intake.request(prompt, one, priority=priority)
@@ -91,9 +93,9 @@ class LLM:
     def chat(self, messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
              sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True
              ) -> list[RequestOutput]:
-        """Answers one conversation or many through the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self.core.intake.chat(one) for one in conversations]  # type: ignore[arg-type]
+        """Answers one conversation or many through the model's chat template. Raises as `generate` does."""
+        self._check_open()
+        prompts = [self.core.intake.chat(one) for one in _conversations(messages)]
         params = _one_each(sampling_params, len(prompts))
         requests = [self.core.intake.request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
         return self._run(requests, [prompt.text for prompt in prompts], use_tqdm and not self._quiet)
@@ -102,11 +104,9 @@ class LLM:
                ) -> Generator[Delta, None, None]:
         """Deltas of one prompt (or conversation) as they come; their texts never end in half a character.
 
-        Closing the iterator cancels the request.
+        Closing the iterator cancels the request. Raises as `generate` does, before the first delta is asked for.
         """
-        read = _read(self.core, prompt)
-        request = self.core.intake.request(read, sampling_params)
-        return self._stream(request, read.text)
+        return self._stream(*self._request(prompt, sampling_params))
 
     def _stream(self, request: Request, text: str | None) -> Generator[Delta, None, None]:
         inbox = _Inbox()
@@ -122,13 +122,14 @@ class LLM:
             if not assembler.finished:
                 self.core.engine.cancel(request.id)
 
-    async def astream(self, prompt: Promptlike | Sequence[Mapping[str, Any]],
-                      sampling_params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """`stream` for notebooks and servers: an asynchronous iterator."""
-        read = _read(self.core, prompt)
-        request = self.core.intake.request(read, sampling_params)
+    def astream(self, prompt: Promptlike | Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+                ) -> AsyncGenerator[Delta, None]:
+        """`stream` for notebooks and servers: an asynchronous iterator. Raises at the call, too."""
+        return self._astream(*self._request(prompt, sampling_params))
+
+    async def _astream(self, request: Request, text: str | None) -> AsyncGenerator[Delta, None]:
         inbox = _AsyncInbox(asyncio.get_running_loop())
-        assembler = Assembler(request, self.core.tokenizer, read.text)
+        assembler = Assembler(request, self.core.tokenizer, text)
         self.core.engine.submit(request, inbox)
         try:
             while not assembler.finished:
@@ -141,12 +142,17 @@ class LLM:
                 self.core.engine.cancel(request.id)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, V]: raw logits after each of n tokens. Raises InvalidRequest for ids out of range."""
+        """float32[n, V]: raw logits after each of n tokens.
+
+        Raises InvalidRequest for ids out of range, EngineClosed after `close`.
+        """
+        self._check_open()
         tokens = checked_prompt(token_ids, self.core.intake.limits)
         return self.core.engine.run(lambda engine: prompt_logits(engine, self._executor, tokens))
 
     def metrics(self) -> dict[str, Any]:
-        """Counters and latency histograms since the start, as plain data."""
+        """Counters and latency histograms since the start, as plain data. Raises EngineClosed after `close`."""
+        self._check_open()
         return self.core.engine.metrics()
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -155,6 +161,7 @@ class LLM:
 
     def close(self) -> None:
         """Stops the engine and frees its memory; running requests end with "abort". May be called twice."""
+        self._closed = True
         self.core.engine.close()
         self._executor.free()
         if self.core.intake.chat_template is not None:
@@ -165,6 +172,16 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("this LLM is closed; make a new one")
+
+    def _request(self, prompt: Any, sampling_params: SamplingParams | None) -> tuple[Request, str | None]:
+        """A validated request and the prompt's text, where it has one."""
+        self._check_open()
+        read = _read(self.core, prompt)
+        return self.core.intake.request(read, sampling_params), read.text
 
     def _run(self, requests: list[Request], texts: list[str | None], show_bar: bool) -> list[RequestOutput]:
         batch = _Batch(self.core, requests, texts)
@@ -269,10 +286,21 @@ def _page_size(page_size: int | None, block_size: int | None) -> int:
 
 def _as_list(prompts: Any) -> list[Any]:
     """Many prompts as a list; one prompt (text, ids or a mapping) as a list of one."""
-    if isinstance(prompts, str | Mapping | np.ndarray):
+    if isinstance(prompts, str | bytes | Mapping | np.ndarray):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequest("prompts", f"must be text, token ids, a mapping that holds either, or a list of these, "
+                             f"got {shown(prompts)}")
     prompts = list(prompts)
     return [prompts] if prompts and isinstance(prompts[0], int | np.integer) else prompts
+
+
+def _conversations(messages: Any) -> list[Any]:
+    """Many conversations as a list; one (a list of messages) as a list of one."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InvalidRequest("messages", "must be a list of messages, each with role and content, or a list of such "
+                             f"lists, got {shown(messages)}")
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
 
 
 def _read(core: Core, prompt: Any) -> Prompt:
@@ -288,6 +316,9 @@ def _read(core: Core, prompt: Any) -> Prompt:
 def _one_each(params: Any, count: int) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if isinstance(params, str | bytes | Mapping) or not isinstance(params, Iterable):
+        raise InvalidRequest("sampling_params", "must be SamplingParams, or a list with one for each prompt, got "
+                             f"{shown(params)}; make it with SamplingParams(temperature=..., max_tokens=...)")
     params = list(params)
     if len(params) != count:
         raise InvalidRequest("sampling_params", f"{len(params)} given for {count} prompts; give one, or one a prompt")

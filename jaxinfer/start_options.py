@@ -11,6 +11,7 @@ INT32_MAX = 2**31 - 1
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class Options:
         for name in OPTIONAL_SIZES:
             if getattr(self, name) is not None:
                 self._check_size(name)
+        if self.dtype not in DTYPES:
+            raise InvalidConfig("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise InvalidConfig("gpu_memory_utilization", f"must be a share in (0, 1], got {share!r}")

@@ -19,7 +19,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
-from jaxinfer.errors import InvalidConfig
+from jaxinfer.errors import InvalidConfig, ModelFormatError
 from jaxinfer.executor import Executor
 from jaxinfer.intake import GenerationDefaults, Intake
 from jaxinfer.models import Decoder, make_decoder
@@ -29,7 +29,6 @@ from jaxinfer.start_options import Options
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import Limits
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DEFAULT_MAX_MODEL_LEN = 32_768
 """Longest context taken without being asked: many models allow far more than a first try should reserve."""
 
@@ -104,13 +103,11 @@ def make_engine(executor: Executor, config: EngineConfig) -> Engine:
     return Engine(executor, Scheduler(config, pool), compiles=CompileCounter())
 
 
-def choose_dtype(name: str, folder: Path) -> Any:
+def choose_dtype(name: str, folder: Path) -> jnp.dtype:
     """The dtype of weights, activations and pages; "auto" takes the checkpoint's own."""
     if name == "auto":
-        return jnp.float32 if loading.stored_dtype(folder) == "float32" else jnp.bfloat16
-    if name not in DTYPES:
-        raise InvalidConfig("dtype", f"{name!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+        name = "float32" if loading.stored_dtype(folder) == "float32" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def choose_max_model_len(options: Options, longest: int) -> int:
@@ -131,8 +128,11 @@ def read_text_files(options: Options, folder: Path) -> tuple[Tokenizer | None, C
     tokenizer = Tokenizer.from_folder(source)
     if tokenizer.chat_template is None:
         return tokenizer, None
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-    template.start()  # a template that does not compile is an error of the start, not of the first chat
+    try:
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        template.start()  # a template that does not compile is an error of the start, not of the first chat
+    except ModelFormatError as error:
+        raise ModelFormatError(f"{source}: {error}") from error
     return tokenizer, template
 
 

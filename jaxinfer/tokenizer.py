@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError, TokenizerMissing
-from jaxinfer.validation import check_text
+from jaxinfer.model_files import parse_json, read_json, read_text
+from jaxinfer.validation import check_text, shown
 
 if TYPE_CHECKING:
     import tokenizers
 
-MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Largest tokenizer file read; the largest known ones (256k entries) are about 35 MB."""
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+MAX_CAUSE_CHARS = 200
+"""Of what the library says about a file."""
 MAX_HELD_TOKENS = 8
 """Tokens an unusual byte decoder may hold back; a character of UTF-8 is at most 4 bytes."""
 REPLACEMENT = "\ufffd"
@@ -34,11 +37,11 @@ class Tokenizer:
 
     special_tokens: name ("bos_token", ...) to text, as chat templates expect. chat_template: its source, or
     None. vocab_size: largest id + 1. longest_token_bytes: most bytes of prompt one token can stand for, None
-    where no such bound is sound.
+    where no such bound is sound. folder: where its files lie, for messages.
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", config: Mapping[str, Any] | None = None,
-                 chat_template: str | None = None):
+                 chat_template: str | None = None, folder: Path = Path()):
         config = config or {}
         backend.no_truncation()  # a prompt is never cut silently, whatever the file says
         backend.no_padding()
@@ -52,14 +55,14 @@ class Tokenizer:
         """Whether tokens like <0xE2> stand for single bytes."""
         self._bytes: dict[int, bytes] = {}
         self._spellings = {skip: _Spellings(self, skip) for skip in (True, False)}
-        self.special_tokens = _special_tokens(config)
+        self.special_tokens = _special_tokens(config, folder / CONFIG_FILE)
         self.chat_template = chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.longest_token_bytes = _longest_token_bytes(backend, vocab, self._added)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self._add_bos = _optional_bool(config, "add_bos_token")
+        self._add_bos = _optional_bool(config, "add_bos_token", folder / CONFIG_FILE)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -68,20 +71,20 @@ class Tokenizer:
         Raises TokenizerMissing without a tokenizer.json and ModelFormatError on a file that cannot be used.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise TokenizerMissing(f"no tokenizer.json in {folder}; use token ids, or add the model's tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json")
-        return cls.from_json(_read_text(path), config, _chat_template(folder, config))
+        config = read_json(folder / CONFIG_FILE)
+        return cls.from_json(read_text(path), config, _chat_template(folder, config), folder)
 
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, Any] | None = None,
-                  chat_template: str | None = None) -> "Tokenizer":
+                  chat_template: str | None = None, folder: Path = Path()) -> "Tokenizer":
         """From the text of a tokenizer.json. Raises ModelFormatError."""
         import tokenizers
 
-        with _typed(_bad_file, "tokenizer.json cannot be used"):
-            return cls(tokenizers.Tokenizer.from_str(text), config, chat_template)
+        with _typed(_bad_file(folder / TOKENIZER_FILE, text)):
+            return cls(tokenizers.Tokenizer.from_str(text), config, chat_template, folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens written out in the text become their ids, as in vLLM.
@@ -89,7 +92,7 @@ class Tokenizer:
         Raises InvalidRequest when the text is not proper Unicode or the tokenizer fails on it.
         """
         check_text("prompt", text)
-        with _typed(_bad_request, "the tokenizer failed on this text; change it"):
+        with _typed(_bad_request("the tokenizer failed on this text; change it")):
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
             ids = encoding.ids
             if add_special_tokens and self._add_bos is not None and self.bos_id is not None:
@@ -98,7 +101,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids out of the vocabulary nothing."""
-        with _typed(_bad_request, "the tokenizer failed on these ids"):
+        with _typed(_bad_request("the tokenizer failed on these ids")):
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def incremental(self, skip_special_tokens: bool = True) -> "BytesDecoder | WindowDecoder":
@@ -263,79 +266,65 @@ def _is_hex(text: str) -> bool:
 
 
 @contextmanager
-def _typed(error: Callable[[str], JaxInferError], problem: str) -> Iterator[None]:
-    """Turns any failure of the library, panics included, into `error(problem)`; Ctrl-C passes."""
+def _typed(error: Callable[[BaseException], JaxInferError]) -> Iterator[None]:
+    """Turns any failure of the library, panics included, into `error(failure)`; Ctrl-C passes."""
     try:
         yield
     except JaxInferError:
         raise
     except BaseException as cause:
         if isinstance(cause, Exception) or type(cause).__name__ == "PanicException":
-            raise error(problem) from cause
+            raise error(cause) from cause
         raise
 
 
-def _bad_request(problem: str) -> InvalidRequest:
-    return InvalidRequest("prompt", problem)
+def _bad_request(problem: str) -> Callable[[BaseException], InvalidRequest]:
+    return lambda _: InvalidRequest("prompt", problem)
 
 
-def _bad_file(problem: str) -> ModelFormatError:
-    return ModelFormatError(f"{problem}; it is damaged or of a kind that this tokenizers version does not know")
+def _bad_file(path: Path, text: str) -> Callable[[BaseException], ModelFormatError]:
+    def explain(cause: BaseException) -> ModelFormatError:
+        parse_json(text, path)  # a plain syntax error is raised from here, with its line and column
+        said = f" (it says: {str(cause)[:MAX_CAUSE_CHARS]})" if isinstance(cause, Exception) else ""
+        return ModelFormatError(f"{path}: cannot be used; it is damaged or of a kind that this tokenizers version "
+                                f"does not know{said}")
 
-
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ModelFormatError(f"{path.name} is {size} bytes; the limit is {MAX_FILE_BYTES}")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelFormatError(f"{path.name} cannot be read as UTF-8 text: {type(error).__name__}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder; {} when there is no such file. Raises ModelFormatError."""
-    if not path.is_file():
-        return {}
-    text = _read_text(path)
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{path.name} is not JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        raise ModelFormatError(f"{path.name} must hold a JSON object, it holds a {type(found).__name__}")
-    return found
+    return explain
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template's source. A chat_template.jinja beside the config wins over the config's own, as in HF."""
     if (folder / "chat_template.jinja").is_file():
-        return _read_text(folder / "chat_template.jinja")
-    found = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        return read_text(folder / "chat_template.jinja")
+    path, holder = folder / "chat_template.json", read_json(folder / "chat_template.json")
+    if "chat_template" not in holder:
+        path, holder = folder / CONFIG_FILE, config
+    found = holder.get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
+        found = next((entry.get("template") for entry in found
+                      if isinstance(entry, dict) and entry.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
-        raise ModelFormatError("chat_template must be a string or a list with one named 'default'")
+        raise ModelFormatError(f"{path}: chat_template must be a string or a list with one named 'default', "
+                               f"got {shown(found)}")
     return found
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(value, str):
-            raise ModelFormatError(f"tokenizer_config.json: {name} must be a string or hold its content")
+            raise ModelFormatError(f"{path}: {name} must be a string or hold its content, got {shown(value)}")
         if value is not None:
             tokens[name] = value
     return tokens
 
 
-def _optional_bool(config: Mapping[str, Any], name: str) -> bool | None:
+def _optional_bool(config: Mapping[str, Any], name: str, path: Path) -> bool | None:
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
-        raise ModelFormatError(f"tokenizer_config.json: {name} must be true or false")
+        raise ModelFormatError(f"{path}: {name} must be true or false, got {shown(value)}")
     return value
 
 

@@ -53,7 +53,8 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
     """Checks prompt ids and sampling parameters together. Raises InvalidRequest, and nothing else."""
     ids = checked_prompt(prompt, limits)
     if not isinstance(params, SamplingParams):
-        raise InvalidRequest("params", f"must be SamplingParams, got {shown(params)}")
+        raise InvalidRequest("sampling_params", f"must be SamplingParams, got {shown(params)}; "
+                             "make it with SamplingParams(temperature=..., max_tokens=...)")
     _check_sampling(params, limits)
     _check_flags(params)
     _check_lengths(len(ids), params, limits)
@@ -158,9 +159,7 @@ def shown(value: Any) -> str:
 def _check_sampling(params: SamplingParams, limits: Limits) -> None:
     _int("n", params.n, 1, MAX_SAMPLES)
     _float("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
-    _float("top_p", params.top_p, 0.0, 1.0)
-    if not params.top_p > 0:
-        raise InvalidRequest("top_p", "must be in (0, 1], got 0; use temperature=0 for greedy sampling")
+    _float("top_p", params.top_p, 0.0, 1.0, above_low=True, hint="1 switches it off, temperature=0 is greedy")
     _int("top_k", params.top_k, -1, limits.vocab_size, hint="0 or -1 switches it off")
     _float("min_p", params.min_p, 0.0, 1.0)
     _optional_int("seed", params.seed, *INT64)
@@ -261,11 +260,15 @@ def _optional_int(field: str, value: Any, low: int, high: int) -> None:
         _int(field, value, low, high)
 
 
-def _float(field: str, value: Any, low: float, high: float) -> None:
+def _float(field: str, value: Any, low: float, high: float, *, above_low: bool = False, hint: str = "") -> None:
+    """A number in [low, high]; with `above_low`, in (low, high]."""
     if not _is_float(value):
         raise InvalidRequest(field, f"must be a number, got {shown(value)}")
-    if not low <= value <= high:  # NaN fails every comparison, so it lands here too
-        raise InvalidRequest(field, f"must be a finite number in [{low:g}, {high:g}], got {shown(value)}")
+    # NaN fails every comparison, so it is refused here too.
+    if not low <= value <= high or (above_low and value == low):
+        bracket = "(" if above_low else "["
+        raise InvalidRequest(field, f"must be a finite number in {bracket}{low:g}, {high:g}], got {shown(value)}"
+                             + (f"; {hint}" if hint else ""))
 
 
 def _length_rule(limits: Limits) -> str:

@@ -1,9 +1,8 @@
-"""How the demo looks: live panels on a terminal (with rich), plain lines elsewhere."""
+"""How the demo looks: live panels on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from typing import Any, Protocol, Self
 
 from serve.answers import Delta
@@ -27,9 +26,7 @@ class View(AbstractContextManager, Protocol):
 
 def make_view(prompts: Sequence[str]) -> View:
     """The best view for where the output goes."""
-    if sys.stdout.isatty() and find_spec("rich") is not None:
-        return LiveView(prompts)
-    return PlainView(prompts)
+    return LiveView(prompts) if sys.stdout.isatty() else PlainView(prompts)
 
 
 class PlainView:

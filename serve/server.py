@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
+from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.services import SERVICE_NAME, GenerationService
 
@@ -29,9 +30,13 @@ ENGINE_CHECK_SECONDS = 0.5
 """How often the engine's thread is looked at: a dead one must not be SERVING for longer than about a second."""
 CLOSE_GRACE_SECONDS = 1.0
 """What calls get to send their last message once draining is over."""
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""A larger request is refused by gRPC itself, before it is read, with RESOURCE_EXHAUSTED."""
+SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
+"""Not hosts to gRPC: "unix:50051" is a file."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # two servers on one port must fail, not share it
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
     ("grpc.keepalive_time_ms", 60_000),  # finds clients whose network is gone, so that their pages are freed
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -50,6 +55,8 @@ class ServerConfig:
     drain_seconds: float = 30.0
 
     def __post_init__(self):
+        if not self.host or self.host in SOCKET_SCHEMES:
+            raise InvalidConfig("host", f"must be a name or an IP address of this machine, got {self.host!r}")
         if not 0 <= self.port <= 65535:
             raise InvalidConfig("port", f"must be in [0, 65535], got {self.port}; 0 takes a free one")
         if not 0 <= self.drain_seconds <= threading.TIMEOUT_MAX:
@@ -67,7 +74,7 @@ class Server:
         self.service = GenerationService()
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        self._server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=CHANNEL_OPTIONS)
         self._core: Core | None = None
 
     @property
@@ -80,11 +87,9 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        wanted = self.config.address(self.config.port)
-        try:
-            self.port = self._server.add_insecure_port(wanted)
-        except RuntimeError as error:
-            raise InvalidConfig("port", f"cannot listen on {wanted}: in use or not allowed; choose another") from error
+        self.port = self._bind(self.config.port)
+        if not self.port:
+            raise self._cannot_bind()
         await self._server.start()
         return self.port
 
@@ -116,6 +121,22 @@ class Server:
         await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         return drained.result() if drained.done() else not drained.cancel()
+
+    def _bind(self, port: int) -> int:
+        """Takes a port, any free one for 0; returns it, or 0 when that is not possible."""
+        try:
+            return self._server.add_insecure_port(self.config.address(port))
+        except (RuntimeError, UnicodeError):  # UnicodeError: a host that no encoding can hold
+            return 0
+
+    def _cannot_bind(self) -> InvalidConfig:
+        """Why not: gRPC does not say, but where any port can be taken it is the port, else the host."""
+        host, port = self.config.host, self.config.port
+        if port and self._bind(0):
+            return InvalidConfig("port", f"cannot listen on {self.config.address(port)}: in use or not allowed; choose "
+                                 "another, or 0 for a free one")
+        return InvalidConfig("host", f"cannot listen on {host!r}: not a name or an IP address of this machine; "
+                             "127.0.0.1 is for this machine only, 0.0.0.0 for all its networks")
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in ("", SERVICE_NAME):
@@ -189,7 +210,7 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
     server, stops, began = Server(config), Stops(), time.monotonic()
     await server.start()
     stops.listen()
-    announce(f"listening on {server.address}; loading the model")
+    announce(f"starting on {server.address}; loading the model")
     loading = Loading(core_factory)
     asked = asyncio.create_task(stops.asked.wait())
     await asyncio.wait({loading.done, asked}, return_when=asyncio.FIRST_COMPLETED)

@@ -4,7 +4,7 @@
 import pytest
 
 from checkpoints import CheckpointError
-from checkpoints.config_reader import parse_config, read_config
+from checkpoints.config_reader import MAX_CONFIG_BYTES, parse_config, read_config
 
 LLAMA = {
     "model_type": "llama",
@@ -174,11 +174,25 @@ def test_layer_types_must_name_every_layer(kinds):
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("{", "not valid JSON"), ("[]", "not a JSON object"), ("[" * 99999, "JSON")]
+    ("text", "problem"),
+    [
+        ("{", "not valid JSON"), ('{"a": 1,\n b}', "line 2 column 2"),
+        ("[]", "must hold a JSON object, it holds a list"),
+        ("null", "it holds a NoneType"),
+        ("[" * 99999, "JSON"),
+        ("<!doctype html><title>Sign in</title>", "is an HTML page"),
+    ],
 )
 def test_a_file_that_is_no_object_is_refused(tmp_path, text, problem):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=problem):
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        read_config(tmp_path)
+    assert caught.value.path == str(tmp_path / "config.json")
+
+
+def test_a_file_over_the_limit_is_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b" " * (MAX_CONFIG_BYTES + 1))
+    with pytest.raises(CheckpointError, match=f"is {MAX_CONFIG_BYTES + 1} bytes; the limit is {MAX_CONFIG_BYTES}"):
         read_config(tmp_path)
 
 

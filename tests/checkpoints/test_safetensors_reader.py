@@ -153,6 +153,30 @@ def test_a_malformed_file_is_a_typed_error_that_names_it(tmp_path, name):
     assert caught.value.path == str(tmp_path / SINGLE_FILE)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+IMPOSTORS = {
+    "a git-LFS pointer": (LFS_POINTER, "is a git-LFS pointer.*`git lfs pull`"),
+    "a page": (b"<!DOCTYPE html>\n<html>\n<head><title>404</title>", "is an HTML page.*download it again"),
+    "a page behind blank lines": (b"\xef\xbb\xbf\r\n\r\n   <HTML><body>Sign in</body></HTML>", "is an HTML page"),
+    "other text": (b"Access to this model is restricted", "more than the limit"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_what_a_failed_download_leaves_is_recognised(tmp_path, name):
+    content, problem = IMPOSTORS[name]
+    (tmp_path / SINGLE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        open_safetensors(tmp_path)
+    assert caught.value.path == str(tmp_path / SINGLE_FILE)
+
+
+def test_an_index_that_is_a_pointer_is_recognised_too(tmp_path):
+    (tmp_path / INDEX_FILE).write_bytes(LFS_POINTER)
+    with pytest.raises(CheckpointError, match="is a git-LFS pointer"):
+        open_safetensors(tmp_path)
+
+
 def test_a_file_of_too_many_tensors_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_reader, "MAX_TENSORS_PER_FILE", 2)
     write(tmp_path / SINGLE_FILE, {name: entry(shape=(0,), end=0) for name in "abc"})

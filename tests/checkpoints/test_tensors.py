@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from checkpoints import CheckpointError, tensors
 from checkpoints.families import FAMILIES
 from checkpoints.placement import place
-from checkpoints.rules import Family, Part, Rule, map_tensors
+from checkpoints.rules import Family, Origin, Part, Rule, map_tensors, origin
 
 ARRAY = np.arange(48, dtype=np.float32).reshape(6, 8)
 CASES = {
@@ -113,6 +113,23 @@ def test_a_fused_tensor_is_cut_by_the_familys_table():
         map_tensors(
             {"layers.3.qkv.weight": tensors.from_array("qkv", ARRAY)}, FUSED, {**CONFIG, "num_heads": 7}, "model"
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_origin_of_a_path_is_what_map_tensors_made_it_from(family):
+    rules = FAMILIES[family].rules
+    found = {rule.pattern.format(layer=12): ARRAY if rule.transpose else ARRAY[0] for rule in rules}
+    lazy = {name: tensors.from_array(name, array) for name, array in found.items()}
+    tree = map_tensors(lazy, FAMILIES[family], CONFIG, "model")
+    assert len(tree) == len(rules)
+    for path, tensor in tree.items():
+        there = origin(path, FAMILIES[family])
+        assert (there.name, there.shape(tensor.shape)) == (tensor.name, found[tensor.name].shape)
+
+
+def test_the_origin_of_a_part_and_of_an_unknown_path():
+    assert origin("layers/3/k/weight", FUSED) == Origin("layers.3.qkv.weight", transposed=True, is_part=True)
+    assert origin("layers/3/w/weight", FUSED) == Origin("layers/3/w/weight")
 
 
 def test_names_that_no_rule_knows_are_reported():

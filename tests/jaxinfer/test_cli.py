@@ -297,6 +297,16 @@ def test_serve_hands_over_a_core(made, monkeypatch):
     assert config == server.ServerConfig(host="127.0.0.1", port=0, drain_seconds=2.0)
 
 
+@pytest.mark.parametrize(
+    ("option", "field"), [("--max-num-seqs", "max_num_seqs"), ("--gpu-memory-utilization", "gpu_memory_utilization")]
+)
+def test_serve_refuses_options_before_it_takes_a_port(option, field, monkeypatch, capsys):
+    monkeypatch.setattr("serve.server.serve", lambda make, config: pytest.fail("it was started"))
+    assert cli.main(["serve", "demo", option, "0"]) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith(f"jaxinfer: {field}: must be ")
+
+
 def test_convert_writes_a_folder_once(tmp_path, capsys):
     target = tmp_path / "converted"
     assert cli.main(["convert", "demo-draft", str(target), "--dtype", "float32"]) == 0

@@ -143,8 +143,10 @@ def test_close_drains_running_requests(engine):
     inbox_first = inbox.chunks.get(timeout=TIMEOUT)
     thread.close(drain_seconds=TIMEOUT)
     assert inbox_first.token_ids + ids_of(inbox.until_end()) == counted(one)
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosed, match="takes no more requests; start a new one"):
         thread.submit(request("late", [1], 2), inbox)
+    with pytest.raises(EngineClosed, match="has stopped; start a new one"):
+        thread.run(lambda engine: None)
 
 
 def test_close_without_grace_aborts_what_runs(engine):

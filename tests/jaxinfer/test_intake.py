@@ -111,8 +111,10 @@ def test_refusals(intake):
         intake.request([1], priority=2**31)
     with pytest.raises(InvalidRequest, match="role"):
         intake.request([{"role": "root", "content": ""}])
-    with pytest.raises(InvalidRequest, match="params"):
+    with pytest.raises(InvalidRequest, match=r"sampling_params: must be SamplingParams, got \{'n': 1\} \(dict\); make"):
         intake.request([1], {"n": 1})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="prompt: is None; give text"):
+        intake.request(None)
 
 
 def test_a_text_far_too_long_is_refused_before_tokenising(intake, monkeypatch):
@@ -154,6 +156,19 @@ def test_generation_config_from_a_folder(tmp_path):
 @pytest.mark.parametrize("config", [
     {"eos_token_id": "x"}, {"eos_token_id": [1.5]}, {"eos_token_id": True}, {"eos_token_id": -1},
     {"eos_token_id": list(range(MAX_STOP_IDS + 1))}, {"temperature": "hot"}, {"top_p": 7}, {"max_new_tokens": 0}])
-def test_malformed_generation_config(config):
-    with pytest.raises(ModelFormatError):
-        Intake(None, LIMITS, GenerationDefaults.from_config(config))
+def test_malformed_generation_config(tmp_path, config):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFormatError) as caught:
+        Intake(None, LIMITS, GenerationDefaults.from_folder(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / 'generation_config.json'}: {next(iter(config))} ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("text", "problem"), [
+    ('{"top_p":\n 0.5,}', "is not valid JSON: .*line 2 column [56]"), ("[]", "must hold a JSON object"),
+    ('{"eos_token_id": "x"}', "eos_token_id must be"), ('{"eos_token_id": 300}', r"eos_token_id \[300\] is not in")])
+def test_a_malformed_file_is_named_with_its_path(tmp_path, name, text, problem):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelFormatError, match=problem) as caught:
+        Intake(None, LIMITS, GenerationDefaults.from_folder(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")

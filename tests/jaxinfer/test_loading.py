@@ -87,20 +87,21 @@ def test_a_converted_model_is_bit_identical(folder, tmp_path, shards, layer_loop
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 DEFECTS = {
     "a missing weight": (
         lambda folder: edit_weights(folder, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
-        "1 weights are missing: layers/1/up/weight",
+        r"1 tensors are missing: model.layers.1.mlp.up_proj.weight; download",
     ),
     "a wrong shape": (
         lambda folder: edit_weights(
             folder, lambda w: w.update({"model.layers.0.self_attn.k_proj.weight": np.zeros((33, 64), np.float32)})
         ),
-        r"k_proj.weight \(layers/0/k/weight\): expected shape \(64, 32\), found \(64, 33\)",
+        r"1 tensors .*: model.layers.0.self_attn.k_proj.weight: expected shape \(32, 64\), found \(33, 64\); download",
     ),
     "a wrong rank": (
         lambda folder: edit_weights(folder, lambda w: w.update({"model.norm.weight": np.zeros((8, 8), np.float32)})),
-        r"model.norm.weight \(final_norm\): expected shape \(64,\), found \(8, 8\)",
+        r"model.norm.weight: expected shape \(64,\), found \(8, 8\)",
     ),
     "integers": (
         lambda folder: edit_weights(folder, lambda w: w.update({"model.norm.weight": np.zeros(64, np.int32)})),
@@ -118,16 +119,30 @@ DEFECTS = {
     ),
     "more layers than stored": (
         lambda folder: edit_config(folder, num_hidden_layers=5, layer_types=None),
-        "12 weights are missing",
+        r"12 tensors are missing: model.layers.4.input_layernorm.weight, model.layers.4.mlp.down_proj.weight, "
+        r".* and 7 more; download",
     ),
     "fewer layers than stored": (lambda folder: edit_config(folder, num_hidden_layers=3), "no place for 12 tensors"),
-    "an untied head": (lambda folder: edit_config(folder, tie_word_embeddings=False), "missing: head"),
+    "an untied head": (lambda folder: edit_config(folder, tie_word_embeddings=False), r"missing: lm_head.weight;"),
+    "many wrong shapes": (
+        lambda folder: edit_config(folder, intermediate_size=100),
+        r"12 tensors .*: model.layers.0.mlp.down_proj.weight: expected shape \(64, 100\), found \(64, 160\); model.* "
+        r"and 7 more; download",
+    ),
     "another vocabulary": (
         lambda folder: edit_config(folder, vocab_size=300),
         r"expected shape \(300, 64\), found \(256, 64\)",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors"),
+    "a broken config": (
+        lambda folder: (folder / "config.json").write_text('{\n "model_type": qwen2}'),
+        r"config.json: is not valid JSON: .*line 2 column 16",
+    ),
+    "a git-LFS pointer": (
+        lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER),
+        r"model.safetensors: is a git-LFS pointer.*git lfs pull",
+    ),
     "no sense": (lambda folder: edit_config(folder, num_hidden_layers=-1), "num_hidden_layers must be"),
     "truncated weights": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5]),

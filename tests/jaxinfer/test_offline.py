@@ -2,13 +2,21 @@
 
 import asyncio
 import math
+import shutil
 import threading
 
 import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from jaxinfer.errors import InvalidConfig, InvalidRequest, ModelFormatError, OutOfMemory, TokenizerMissing
+from jaxinfer.errors import (
+    EngineClosed,
+    InvalidConfig,
+    InvalidRequest,
+    ModelFormatError,
+    OutOfMemory,
+    TokenizerMissing,
+)
 from jaxinfer.offline import LLM
 from jaxinfer.types import SamplingParams
 
@@ -113,6 +121,15 @@ def test_async_streams_run_side_by_side(llm):
         assert text == llm.generate(PROMPT, params)[0].outputs[0].text
 
 
+@pytest.mark.parametrize("name", ["stream", "astream"])
+def test_a_stream_refuses_bad_input_at_the_call(llm, name):
+    open_stream = getattr(llm, name)
+    for prompt, params, field in ((PROMPT, SamplingParams(top_p=2.0), "top_p"), ("", SamplingParams(), "prompt"),
+                                  (None, None, "prompt"), (PROMPT, {"max_tokens": 3}, "sampling_params")):
+        with pytest.raises(InvalidRequest, match=f"^{field}: "):
+            open_stream(prompt, params)
+
+
 def test_closing_a_stream_frees_its_pages(llm):
     stream = llm.stream(PROMPT, greedy(max_tokens=100))
     next(stream)
@@ -183,6 +200,25 @@ def test_bad_input_names_its_field_and_the_engine_goes_on(llm, prompt, params, f
     assert llm.generate(PROMPT, greedy(max_tokens=2))[0].finished
 
 
+@pytest.mark.parametrize(("method", "arguments", "message"), [
+    ("generate", (None,), r"prompts: must be text, token ids, .*, got None \(NoneType\)"),
+    ("generate", (5,), "prompts: must be text, token ids, .*, got 5"),
+    ("generate", (b"ab",), r"prompt: must be a list of token ids, got b'ab' \(bytes\)"),
+    ("generate", ([PROMPT, None],), "prompt: is None; give text"),
+    ("generate", (PROMPT, {"max_tokens": 3}), r"sampling_params: .*, got \{'max_tokens': 3\} \(dict\); make it with"),
+    ("generate", (PROMPT, 3), "sampling_params: must be SamplingParams, or a list.*, got 3; make it with"),
+    ("generate", (PROMPT, "hot"), r"sampling_params: .*, got 'hot' \(str\); make it with"),
+    ("generate", (PROMPT, [{"max_tokens": 3}]), r"sampling_params: .*, got \{'max_tokens': 3\} \(dict\); make it with"),
+    ("chat", (None,), r"messages: must be a list of messages.*, got None \(NoneType\)"),
+    ("chat", ({"role": "user", "content": "hi"},), r"messages: must be a list of messages.*, got \{.* \(dict\)"),
+    ("chat", ("hi",), r"messages: must be a list of messages.*, got 'hi' \(str\)"),
+    ("logits", (None,), r"prompt: must be a list of token ids, got None \(NoneType\)"),
+])  # fmt: skip
+def test_arguments_of_the_wrong_kind_are_refused_by_name(llm, method, arguments, message):
+    with pytest.raises(InvalidRequest, match=f"^{message}"):
+        getattr(llm, method)(*arguments)
+
+
 def test_one_bad_prompt_of_many_starts_nothing(llm):
     before = llm.metrics()["generated_tokens"]
     with pytest.raises(InvalidRequest):
@@ -223,6 +259,12 @@ def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository
         with pytest.raises(TokenizerMissing):
             second.generate(PROMPT)
     second.close()  # again: harmless
+    for method, argument in (("generate", [ids]), ("generate", []), ("stream", ids), ("astream", ids), ("chat", []),
+                             ("logits", ids)):
+        with pytest.raises(EngineClosed, match="this LLM is closed; make a new one"):
+            getattr(second, method)(argument)
+    with pytest.raises(EngineClosed, match="this LLM is closed; make a new one"):
+        second.metrics()
     threads = [thread.name for thread in threading.enumerate()]
     assert threads.count("jaxinfer-engine") == 1
 
@@ -248,6 +290,23 @@ def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository
 def test_settings_that_cannot_work_are_refused_by_name(folder, changes, error, words):
     with pytest.raises(error, match=words):
         LLM(**{"model": str(folder), **SMALL, **changes})
+
+
+@pytest.mark.parametrize(("name", "text", "problem"), [
+    ("tokenizer.json", '{"model":\n {]}', "is not valid JSON: .*line 2 column 3"),
+    ("tokenizer_config.json", '{"eos_token": 7}', "eos_token must be"),
+    ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "chat template"),
+    ("generation_config.json", '{"top_p": 0}', r"top_p must be a finite number in \(0, 1\], got 0"),
+    ("config.json", "{\n]", "is not valid JSON: .*line 2 column 1"),
+])  # fmt: skip
+def test_a_malformed_file_is_named_at_the_start(folder, tmp_path, name, text, problem):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / name).write_text(text)
+    for dtype in ("auto", "float32"):
+        with pytest.raises(ModelFormatError, match=problem) as caught:
+            LLM(str(broken), **SMALL, dtype=dtype)
+        where = broken if "chat_template" in text else broken / name
+        assert str(caught.value).startswith(f"{where}: ")
 
 
 @pytest.mark.parametrize("size", [2, 4])

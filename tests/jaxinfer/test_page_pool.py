@@ -183,7 +183,7 @@ def test_extra_keys_separate_every_block(keys: tuple[str, ...]):
 
 
 def test_a_hash_is_sha256_of_the_parent_and_the_tokens():
-    root = hashlib.sha256(b'["salt"]').digest()
+    root = hashlib.sha256(b"('salt',)").digest()
     first = hashlib.sha256(root + struct.pack("=2i", 1, 2)).digest()
     second = hashlib.sha256(first + struct.pack("=2i", 3, 4)).digest()
     assert block_hashes([1, 2, 3, 4], 2, ("salt",)) == [first, second]

@@ -261,25 +261,47 @@ def test_places_of_the_chat_template(tmp_path, config, files, expected):
     assert Tokenizer.from_folder(write_folder(tmp_path, config, **files)).chat_template == expected
 
 
-@pytest.mark.parametrize("config", ["{", "[]", "null", "[" * 100_000, '{"bos_token": 5}', '{"add_bos_token": "yes"}',
-                                    '{"chat_template": 5}', '{"chat_template": [{"name": "default", "template": 1}]}'])
-def test_malformed_config(tmp_path, config):
-    with pytest.raises(ModelFormatError):
-        Tokenizer.from_folder(write_folder(tmp_path, config))
+@pytest.mark.parametrize(("config", "problem"), [
+    ("{", "not valid JSON.*line 1 column 2"), ('{\n  "bos_token": <s>\n}', "not valid JSON.*line 2 column 16"),
+    ("[]", "holds a list"), ("null", "holds a NoneType"), ("[" * 100_000, "not valid JSON"),
+    ('{"bos_token": 5}', "bos_token must be.*got 5"), ('{"add_bos_token": "yes"}', "add_bos_token.*got 'yes'"),
+    ('{"chat_template": 5}', "chat_template.*got 5"), ('{"chat_template": [{"name": [1]}]}', None),
+    ('{"chat_template": [{"name": "default", "template": 1}]}', "chat_template.*got 1")])
+def test_malformed_config(tmp_path, config, problem):
+    folder = write_folder(tmp_path, config)
+    if problem is None:
+        assert Tokenizer.from_folder(folder).chat_template is None
+        return
+    with pytest.raises(ModelFormatError, match=problem) as caught:
+        Tokenizer.from_folder(folder)
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer_config.json'}: ")
 
 
-@pytest.mark.parametrize("backend", ["", "{}", "null", "[" * 100_000, '{"model": {"type": "BPE"}}', '{"model": 5}',
-                                     byte_level().to_str()[:-500], byte_level().to_str().replace('"merges"', '"m"')])
-def test_malformed_tokenizer(tmp_path, backend):
-    with pytest.raises(ModelFormatError):
+def test_a_malformed_template_names_the_file_it_stands_in(tmp_path):
+    with pytest.raises(ModelFormatError) as caught:
+        Tokenizer.from_folder(write_folder(tmp_path, {}, chat_template__json='{"chat_template": 5}'))
+    assert str(caught.value).startswith(f"{tmp_path / 'chat_template.json'}: ")
+
+
+@pytest.mark.parametrize(("backend", "problem"), [
+    ("", "not valid JSON.*line 1 column 1"), ('{"model":\n {]}', "not valid JSON.*line 2 column 3"),
+    ("{}", "cannot be used.*Model missing"), ("null", "holds a NoneType"), ("[" * 100_000, "not valid JSON"),
+    ('{"model": {"type": "BPE"}}', "Missing vocab/merges"), ('{"model": 5}', "cannot be used.*line 1 column 12"),
+    (byte_level().to_str()[:-500], "not valid JSON.*line"),
+    (byte_level().to_str().replace('"merges"', '"m"'), "cannot be used")])
+def test_malformed_tokenizer(tmp_path, backend, problem):
+    with pytest.raises(ModelFormatError, match=problem) as caught:
         Tokenizer.from_folder(write_folder(tmp_path, {}, backend))
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
+    assert len(str(caught.value)) < 1000
 
 
 def test_not_utf8(tmp_path):
     write_folder(tmp_path, {})
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ModelFormatError):
+    with pytest.raises(ModelFormatError, match=r"not UTF-8.*byte 0") as caught:
         Tokenizer.from_folder(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
 
 
 def test_a_panic_in_rust_is_a_typed_error(capfd):

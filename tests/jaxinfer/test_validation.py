@@ -98,6 +98,17 @@ def test_messages_name_limit_value_and_remedy():
         validate([1] * 30, SamplingParams(max_tokens=20), dataclasses.replace(LIMITS, max_kv_tokens=48))
 
 
+@pytest.mark.parametrize("value", [0, -0.0, 1.5, -1, math.nan])
+def test_the_range_of_top_p_is_open_below(value):
+    with pytest.raises(InvalidRequest, match=r"top_p: must be a finite number in \(0, 1\], got .*; 1 switches it off"):
+        validate([1], params_with(top_p=value), LIMITS)
+
+
+def test_a_range_that_is_closed_below_says_so():
+    with pytest.raises(InvalidRequest, match=r"min_p: must be a finite number in \[0, 1\], got -1"):
+        validate([1], params_with(min_p=-1), LIMITS)
+
+
 @settings(deadline=None)
 @given(num_prompt=st.integers(1, 70), max_tokens=st.integers(1, 70))
 def test_length_border_is_exact(num_prompt, max_tokens):

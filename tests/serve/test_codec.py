@@ -1,5 +1,12 @@
 """Messages: what waits together travels together, bounded, and nothing of an earlier message shows in a later one."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.core import ModelInfo
 from jaxinfer.outputs import Delta, Logprob
 from jaxinfer.types import RequestStats, SamplingParams
 from serve import codec
@@ -91,3 +98,26 @@ def test_only_fields_that_were_sent_replace_the_defaults():
     assert found == SamplingParams(
         temperature=0.0, top_k=50, max_tokens=20, stop=("a", "b"), stop_token_ids=(3,), seed=0)
     assert codec.sampling_params(pb.SamplingParams(), defaults) == defaults
+
+
+INFO = ModelInfo("demo", "llama", 10, 20, "float32", 30, (1,), has_tokenizer=True, has_chat_template=False)
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    ("demo", "demo"), ("/srv/private/Qwen3-0.6B", "Qwen3-0.6B"), ("models/tiny/", "tiny"), ("~/models/tiny", "tiny"),
+    ("/srv/tiny/.", "tiny"), (".", "here"), ("", "here"), ("..", "above"), ("sub/..", "here"), ("/", "/"),
+])
+def test_clients_see_the_last_part_of_a_models_path(model: str, name: str, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "above" / "here"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert codec.model_info(replace(INFO, name=model)).name == name
+
+
+def test_a_folder_that_is_gone_does_not_take_the_models_name_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError):
+        os.getcwd()
+    assert codec.model_info(INFO).name == "demo"

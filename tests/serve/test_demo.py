@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,18 @@ def test_a_service_that_does_not_answer(capfd: pytest.CaptureFixture[str], monke
     assert "demo: 127.0.0.1:1 was not ready" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("is_terminal", "kind"), [(True, demo_view.LiveView), (False, demo_view.PlainView)])
+def test_the_live_view_is_for_terminals(is_terminal: bool, kind: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert type(demo_view.make_view(["a"])) is kind
+
+
+def test_what_the_live_view_needs_is_installed_with_us(repository: Path):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert any(text.startswith("rich>=") for text in project["dependencies"])
+
+
 def test_the_live_view_fits_the_terminal():
-    pytest.importorskip("rich")
     output = io.StringIO()
     view = demo_view.LiveView(["def a():\n", "b"] * 4, file=output, width=100, height=41, force_terminal=True)
     with view:

@@ -180,9 +180,23 @@ def test_an_error_in_one_requests_text_hurts_nobody_else(stepped: Served, error:
     assert "".join(delta.text for delta in good) == "cde"
 
 
-def test_messages_over_four_megabytes_are_refused(small: Served):
-    code, _ = refusal(lambda: small.client.generate("a" * (4 * 1024 * 1024 + 1)))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+@pytest.mark.parametrize("rpc", ["Generate", "GenerateStream"])
+def test_messages_over_four_mebibytes_are_refused_by_grpc(small: Served, rpc: str):
+    largest = request_of(4 * 1024 * 1024)
+    with grpc.insecure_channel(small.server.address) as channel:
+        call = channel.unary_stream(f"/jaxinfer.v1.GenerationService/{rpc}")  # of a single answer, too
+        code, text = refusal(lambda: list(call(largest)))
+        assert code is INVALID and text.startswith("prompt: "), text  # it has reached the service
+        code, text = refusal(lambda: list(call(request_of(len(largest) + 1))))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "4194305 vs. 4194304" in text, text
+    assert small.client.generate("ab", max_tokens=1).text == "c"
+
+
+def request_of(num_bytes: int) -> bytes:
+    """A request of exactly so many bytes, with a text that is far too long."""
+    data = pb.GenerateRequest(text="a" * (num_bytes - 5)).SerializeToString()  # 1 for the tag, 4 for the length
+    assert len(data) == num_bytes
+    return data
 
 
 def test_unknown_client_options(small: Served):
@@ -191,6 +205,7 @@ def test_unknown_client_options(small: Served):
 
 
 @pytest.mark.parametrize(("options", "words"), [
+    ({"host": ""}, "host: must be .*, got ''"), ({"host": "unix"}, "host: must be .*, got 'unix'"),
     ({"port": 70_000}, "port: must be in"), ({"port": -1}, "port: must be in"),
     ({"drain_seconds": -1.0}, "drain_seconds: must be"), ({"drain_seconds": float("nan")}, "drain_seconds: must be"),
 ])

@@ -114,6 +114,17 @@ def test_a_taken_port_is_refused(served: Served):
         served.call(start())
 
 
+@pytest.mark.parametrize("port", ["taken", "free"])
+@pytest.mark.parametrize("host", ["n" * 64, "192.0.2.1", "[::1]", "127.0.0.1:1", "\ud800"])
+def test_a_bad_host_is_called_the_host(served: Served, host: str, port: str):
+    async def start() -> None:
+        await Server(ServerConfig(host=host, port=served.server.port if port == "taken" else 0)).start()
+
+    with pytest.raises(InvalidConfig) as caught:
+        served.call(start())
+    assert str(caught.value).startswith(f"host: cannot listen on {host!r}: not a name or an IP address")
+
+
 # ---- in a process of its own
 
 
@@ -133,8 +144,8 @@ def process(repository: Path, load_seconds: float = 0.0, drain_seconds: float = 
 def address_of(server: subprocess.Popen) -> str:
     assert server.stdout is not None
     line = server.stdout.readline()
-    assert line.startswith("listening on 127.0.0.1:") and line.endswith("; loading the model\n"), line
-    return line.removeprefix("listening on ").partition(";")[0]
+    assert line.startswith("starting on 127.0.0.1:") and line.endswith("; loading the model\n"), line
+    return line.removeprefix("starting on ").partition(";")[0]
 
 
 def test_a_dead_engine_ends_the_service(repository: Path):
@@ -196,5 +207,6 @@ def test_a_stop_while_loading(repository: Path):
 def test_a_model_that_cannot_be_loaded(repository: Path):
     with process(repository, load_seconds=-1) as server:
         address_of(server)
-        _, errors = server.communicate(timeout=10)
+        output, errors = server.communicate(timeout=10)
         assert server.returncode == 1 and "ValueError: no such model" in errors
+        assert output == ""  # nothing after the line that it starts: it was never ready
