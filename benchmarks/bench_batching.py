@@ -8,6 +8,7 @@ contenders go through `LLM.generate`, so intake, both threads and detokenising a
     static       64 requests at a time, each computed until the longest of them has ended, as a batch's `generate`
                  elsewhere does; what a request computes beyond its own length does not count as generated
     waves        64 requests at a time; one that ends leaves the batch, and the next 64 begin when all have ended
+    full width   the bare programs of the waves, always those of 64 rows: rows that ended stand empty
     one row      an engine of one row, a smaller load of the same mix, one request after the other
 """
 
@@ -88,6 +89,7 @@ class Contest:
         self.waited: list[float] = []
         self._recorder: Recorder = llm.core.engine.run(record)
         self._replay = Replay(self._recorder.runner)
+        self._full_width = Replay(self._recorder.runner, full_width=True)
 
     def warm_up(self) -> None:
         """Runs everything once, and checks that the replay computes the very tokens of the run."""
@@ -95,6 +97,7 @@ class Contest:
         self._llm.core.engine.run(lambda _: self._replay.seconds(self._recorder.plans, self._recorder.results))
         self.static()
         self.waves()
+        self.full_width()
         self.one_row()
 
     def continuous(self) -> float:
@@ -113,6 +116,10 @@ class Contest:
 
     def waves(self) -> float:
         return self._recorded("waves")
+
+    def full_width(self) -> float:
+        """Follows `waves`."""
+        return self._llm.core.engine.run(lambda _: self._full_width.seconds(self._recorder.plans))
 
     def _recorded(self, name: str, together: bool = False) -> float:
         self._recorder.forget()
@@ -141,6 +148,8 @@ def results(contest: Contest, seconds: dict[str, list[float]]) -> list[Result]:
         Result("tokens/s over one row's", median_ratio(continuous, rates["one row"]), "x", 2.5, 4.0, "higher"),
         Result("tokens/s over static batches'", median_ratio(continuous, rates["static"]), "x", 1.5, 2.0, "higher"),
         Result("tokens/s over waves'", median_ratio(continuous, rates["waves"]), "x", better="higher"),
+        Result("tokens/s over waves' at full width", median_ratio(continuous, rates["full width"]), "x",
+               better="higher"),
         *(Result(f"{name}: generated tokens", statistics.median(found), "1/s", better="higher")
           for name, found in rates.items()),
         *details(contest, seconds["continuous"]),
@@ -167,7 +176,7 @@ def main() -> int:
         contest.warm_up()
         seconds = interleaved(size.rounds, {"continuous": contest.continuous, "device": contest.device,
                                             "static": contest.static, "waves": contest.waves,
-                                            "one row": contest.one_row})
+                                            "full width": contest.full_width, "one row": contest.one_row})
         found = results(contest, seconds)
     report("batching", found)
     return exit_code(found)

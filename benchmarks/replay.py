@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -50,11 +50,15 @@ class Recorder:
 
 
 class Replay:
-    """Calls the programs of an executor as its plans did."""
+    """Calls the programs of an executor as its plans did.
 
-    def __init__(self, executor: Executor):
+    full_width: every decode step runs the program of the most rows, however few its plan has.
+    """
+
+    def __init__(self, executor: Executor, full_width: bool = False):
+        config = executor.config
         self._executor = executor
-        self._batcher = Batcher(executor.config)
+        self._batcher = Batcher(replace(config, row_buckets=config.row_buckets[-1:]) if full_width else config)
         self._programs: dict[Key, jax.stages.Compiled] = {}
 
     def seconds(self, plans: Sequence[StepPlan], results: Sequence[jax.Array] | None = None) -> float:

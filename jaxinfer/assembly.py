@@ -4,7 +4,9 @@ One Assembler serves one request and belongs to one consumer; it is not thread-s
 not depend on how the engine cut the token stream into chunks.
 """
 
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from jaxinfer.outputs import CompletionOutput, Delta, Logprob, PositionLogprobs, RequestOutput
 from jaxinfer.tokenizer import BytesDecoder, Tokenizer, WindowDecoder
@@ -82,6 +84,7 @@ class _Sample:
         self._pieces: list[str] = []
         self._held = ""
         self.matched: str | None = None
+        self.matched_at = 0.0  # time.monotonic() seconds
         self._is_plain = params.logprobs is None and not (self._decoder and stop_strings(params))
         if params.logprobs is not None:
             self.out.logprobs, self.out.cumulative_logprob = [], 0.0
@@ -146,6 +149,7 @@ class _Sample:
         text = self._held + piece
         if match is not None:
             position, self.matched = match
+            self.matched_at = time.monotonic()
             end = len(self._held) + position
             self._release(text[:end if self._keep_stop else end - len(self.matched)])
             return
@@ -207,8 +211,17 @@ class Assembler:
         """Everything so far. The object is the caller's: later chunks do not change it."""
         return RequestOutput(
             self.request.id, self._prompt_text, list(self.request.prompt), self._prompt_output(),
-            [_snapshot(sample) for sample in self._samples], self.finished,
-            joined_stats(self._stats.values()))
+            [_snapshot(sample) for sample in self._samples], self.finished, self.stats())
+
+    def stats(self) -> RequestStats | None:
+        """Of all samples together. One that a stop string ended is reported by its text: its row may have gone on."""
+        reports = []
+        for index, report in self._stats.items():
+            sample = self._samples[index]
+            if sample.matched is not None:
+                report = replace(report, finished=sample.matched_at, num_output_tokens=len(sample.out.token_ids))
+            reports.append(report)
+        return joined_stats(reports)
 
     def _note_prompt_logprobs(self, chunk: TokenChunk) -> None:
         """Keeps one sample's report: with n samples each may compute the prompt, all with the same result."""
@@ -243,7 +256,7 @@ def cancelled(deltas: Iterable[Delta | None]) -> list[int]:
 
 def joined_stats(samples: Iterable[RequestStats]) -> RequestStats | None:
     """One report for a request's samples: from the first that began to the last that ended; counts of the
-    outputs and preemptions add up. None when no sample has reported (a row cancelled for a stop string does not).
+    outputs and preemptions add up. None when no sample has reported.
     """
     reports = list(samples)
     if not reports:

@@ -57,7 +57,9 @@ class EngineHandle(Protocol):
         ...
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """End a request (or one of its samples) within one step; unknown ids are ignored. No chunk follows."""
+        """End a request, or the one sample in whose text a stop string came, within one step. No chunk follows;
+        unknown ids are ignored.
+        """
         ...
 
     @property

@@ -1,5 +1,7 @@
 """The thread that owns an engine, and the thread-safe way to it."""
 
+import atexit
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -37,6 +39,8 @@ class EngineThread:
         self._idle = True
         self._readers: dict[str, _Reader] = {}
         self._thread = threading.Thread(target=self._main, name="jaxinfer-engine", daemon=True)
+        # XLA aborts the process when the interpreter goes down around a thread that is inside it.
+        atexit.register(self.close)
         self._thread.start()
 
     def submit(self, request: Request, consumer: Consumer) -> None:
@@ -55,7 +59,9 @@ class EngineThread:
             self._post(lambda: self._admit(request, consumer))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or one of its samples, within one step. Unknown ids are ignored; no chunk follows."""
+        """End a request, or the one sample in whose text a stop string came, within one step. Unknown ids are ignored;
+        no chunk follows.
+        """
         with self._wake:
             self._post(lambda: self._drop(request_id, index))
 
@@ -90,6 +96,7 @@ class EngineThread:
             self._wake.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def _post(self, message: Callable[[], None]) -> None:
         self._inbox.append(message)
@@ -108,6 +115,8 @@ class EngineThread:
             failure = EngineClosed("the engine died; the log has the reason")
         finally:
             self._end_all(failure)
+            with contextlib.suppress(Exception):
+                self._engine.drain()  # the device is left idle: XLA aborts a process that ends around its work
 
     def _next_messages(self) -> bool:
         """Waits for work and takes in what was posted; False when it is time to stop."""

@@ -1,9 +1,12 @@
 """`LLM`: the engine inside this process, for notebooks and batch jobs. Names are vLLM's."""
 
 import asyncio
+import dataclasses
+import os
 import queue
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,12 @@ from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
 from jaxinfer.start_options import Options
 from jaxinfer.types import Request, SamplingParams, TokenChunk
-from jaxinfer.validation import checked_prompt, shown
+from jaxinfer.validation import checked_scored, shown
 
 RETRY_SECONDS = 0.02
 """Pause of a `generate` that finds the queue full of other callers' requests."""
+
+PARAM_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 Promptlike = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
@@ -61,12 +66,13 @@ class LLM:
         max_waiting: int = 4096, attention: str | None = None, compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
-            model=str(model), tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size),
+            model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size, enable_prefix_caching=enable_prefix_caching,
             max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
-            compile_cache=compile_cache, show_progress=not quiet)
+            compile_cache=_as_path(compile_cache), show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)
         self.core: Core = started.core
         self.report = started.report
@@ -84,10 +90,11 @@ class LLM:
         checked before the first one runs. Raises InvalidRequest, TokenizerMissing or, after `close`, EngineClosed.
         """
         self._check_open()
-        many = [_read(self.core, prompt) for prompt in _as_list(prompts)]
-        params = _one_each(sampling_params, len(many))
-        requests = [self.core.intake.request(prompt, one, priority=priority)
-                    for prompt, one in zip(many, params, strict=True)]
+        given = _as_list(prompts)
+        many = _named_each("prompts", sampling_params, [partial(_read, self.core, prompt) for prompt in given])
+        requests = _named_each("prompts", sampling_params, [
+            partial(self.core.intake.request, prompt, one, priority=priority)
+            for prompt, one in zip(many, _one_each(sampling_params, len(many)), strict=True)])
         return self._run(requests, [prompt.text for prompt in many], use_tqdm and not self._quiet)
 
     def chat(self, messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
@@ -95,9 +102,11 @@ class LLM:
              ) -> list[RequestOutput]:
         """Answers one conversation or many through the model's chat template. Raises as `generate` does."""
         self._check_open()
-        prompts = [self.core.intake.chat(one) for one in _conversations(messages)]
-        params = _one_each(sampling_params, len(prompts))
-        requests = [self.core.intake.request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        given = _conversations(messages)
+        prompts = _named_each("messages", sampling_params, [partial(self.core.intake.chat, one) for one in given])
+        requests = _named_each("messages", sampling_params, [
+            partial(self.core.intake.request, prompt, one)
+            for prompt, one in zip(prompts, _one_each(sampling_params, len(prompts)), strict=True)])
         return self._run(requests, [prompt.text for prompt in prompts], use_tqdm and not self._quiet)
 
     def stream(self, prompt: Promptlike | Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
@@ -142,12 +151,13 @@ class LLM:
                 self.core.engine.cancel(request.id)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, V]: raw logits after each of n tokens.
+        """float32[n, V]: raw logits after each of n tokens, 1 to max_model_len: nothing is generated.
 
-        Raises InvalidRequest for ids out of range, EngineClosed after `close`.
+        Raises InvalidRequest for no ids, too many or ids out of range, Overloaded when running requests leave too
+        few pages, EngineClosed after `close`.
         """
         self._check_open()
-        tokens = checked_prompt(token_ids, self.core.intake.limits)
+        tokens = checked_scored(token_ids, self.core.intake.limits)
         return self.core.engine.run(lambda engine: prompt_logits(engine, self._executor, tokens))
 
     def metrics(self) -> dict[str, Any]:
@@ -277,6 +287,11 @@ def _feed(core: Core, assembler: Assembler, chunk: TokenChunk) -> Delta | None:
     return delta
 
 
+def _as_path(value: Any) -> Any:
+    """A pathlib path as a string; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _page_size(page_size: int | None, block_size: int | None) -> int:
     if page_size is not None and block_size is not None and page_size != block_size:
         raise InvalidRequest("block_size", f"{block_size} differs from page_size {page_size}; they are one setting")
@@ -323,6 +338,33 @@ def _one_each(params: Any, count: int) -> list[SamplingParams | None]:
     if len(params) != count:
         raise InvalidRequest("sampling_params", f"{len(params)} given for {count} prompts; give one, or one a prompt")
     return params
+
+
+def _named_each[T](inputs: str, params: Any, calls: Sequence[Callable[[], T]]) -> list[T]:
+    """The calls' results, one an input; of many, an InvalidRequest names the input that it is about."""
+    results: list[T] = []
+    for index, call in enumerate(calls):
+        try:
+            results.append(call())
+        except InvalidRequest as error:
+            if len(calls) == 1:
+                raise
+            problem = str(error).removeprefix(f"{error.field}: ")
+            raise InvalidRequest(_field_of(inputs, index, params, error.field), problem) from None
+    return results
+
+
+def _field_of(inputs: str, index: int, params: Any, field: str) -> str:
+    """`field` of input `index`; what all inputs share keeps its name, unless it depends on the prompt's length."""
+    if field == "sampling_params":
+        return f"sampling_params[{index}]"
+    if field in PARAM_FIELDS and not isinstance(params, SamplingParams | None):
+        return f"sampling_params[{index}].{field}"
+    if field in ("max_tokens", "min_tokens"):
+        return f"{inputs}[{index}].{field}"
+    if field in PARAM_FIELDS or not field.startswith(("prompt", "messages")):
+        return field
+    return f"{inputs}[{index}]" + field.removeprefix("prompt").removeprefix("messages")
 
 
 def _silence(_: str) -> None:

@@ -113,12 +113,12 @@ class Scheduler:
                                  f"max_model_len={limit}; shorten one of them")
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenChunk]:
-        """Ends a request, or one of its samples, now; returns their last chunks. Unknown and ended ones are ignored.
+        """Ends a request, or a sample whose text holds a stop string; their last chunks. Unknown ones are ignored.
 
         Steps in flight may still write to pages that are free from now on: they run before whoever gets them next.
         """
-        now = self._clock()
-        return [self._end(seq, [], "abort", now) for seq in list(self._requests.get(request_id, ()))
+        now, reason = self._clock(), "abort" if index is None else "stop"
+        return [self._end(seq, [], reason, now) for seq in list(self._requests.get(request_id, ()))
                 if index is None or seq.sample_index == index]
 
     def requeue_all(self) -> None:

@@ -11,6 +11,7 @@ INT32_MAX = 2**31 - 1
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
+OPTIONAL_TEXTS = ("tokenizer", "attention", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -43,6 +44,11 @@ class Options:
         for name in OPTIONAL_SIZES:
             if getattr(self, name) is not None:
                 self._check_size(name)
+        for name in OPTIONAL_TEXTS:
+            if not isinstance(getattr(self, name), str | None):
+                raise InvalidConfig(name, f"must be a string or None, got {getattr(self, name)!r}")
+        if type(self.enable_prefix_caching) is not bool:
+            raise InvalidConfig("enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}")
         if self.dtype not in DTYPES:
             raise InvalidConfig("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}")
         share = self.gpu_memory_utilization

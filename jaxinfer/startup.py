@@ -151,20 +151,23 @@ def engine_config(options: Options, max_model_len: int, num_pages: int) -> Engin
 
 
 def plan_memory(options: Options, model: Decoder, params: Any, max_model_len: int) -> memory.MemoryPlan:
-    """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest."""
+    """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest.
+
+    On a CPU temporaries are not measured: there the budget is a small share of the memory.
+    """
     device = jax.tree.leaves(params)[0].devices().pop()
     shards = options.tensor_parallel_size
     weights = memory.weight_bytes(params)
     full_row = -(-max_model_len // options.page_size)
     needed = max(options.max_num_seqs, full_row)
     on_cpu = device.platform == "cpu"
-    temporaries = 0 if on_cpu else memory.measure_temporaries(
+    temporaries = None if on_cpu else memory.measure_temporaries(
         lambda: compile_largest(model, params, engine_config(options, max_model_len, needed)))
     return memory.plan_pages(
         budget=memory.memory_budget(device, options.gpu_memory_utilization, weights), weights=weights,
         temporaries=temporaries, bytes_per_page=model.cache(1, options.page_size).bytes_per_page // shards,
         page_size=options.page_size, needed=needed, most=options.max_num_seqs * full_row if on_cpu else None,
-        wanted=options.num_pages)
+        wanted=options.num_pages, on_cpu=on_cpu)
 
 
 def compile_largest(model: Decoder, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:

@@ -66,13 +66,19 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
 
 def checked_prompt(prompt: Any, limits: Limits) -> tuple[int, ...]:
     """The prompt as plain ints. Takes a list, a tuple or a one-dimensional integer array."""
-    ids = _plain_ids("prompt", prompt)
-    if not ids:
-        raise InvalidRequest("prompt", "is empty; give at least one token")
-    _check_id_range("prompt", ids, limits.vocab_size)
+    ids = _known_ids("prompt", prompt, limits.vocab_size)
     if len(ids) >= limits.max_tokens:
         raise InvalidRequest("prompt", f"has {len(ids)} tokens; with at least one token of output the limit is "
                              f"{limits.max_tokens - 1} ({_length_rule(limits)}); shorten the prompt")
+    return ids
+
+
+def checked_scored(token_ids: Any, limits: Limits) -> tuple[int, ...]:
+    """Tokens to compute logits for, as plain ints: nothing is generated, so they may fill the whole length."""
+    ids = _known_ids("token_ids", token_ids, limits.vocab_size)
+    if len(ids) > limits.max_tokens:
+        raise InvalidRequest("token_ids", f"has {len(ids)} tokens; the limit is {limits.max_tokens} "
+                             f"({_length_rule(limits)}); give fewer")
     return ids
 
 
@@ -210,6 +216,15 @@ def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
     if count > MAX_STOP_IDS:
         raise InvalidRequest("stop_token_ids", f"with the model's end-of-sequence ids there are {count} stop ids; "
                              f"the limit is {MAX_STOP_IDS}; give fewer")
+
+
+def _known_ids(field: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """At least one id, all of the vocabulary."""
+    ids = _plain_ids(field, value)
+    if not ids:
+        raise InvalidRequest(field, "is empty; give at least one token")
+    _check_id_range(field, ids, vocab_size)
+    return ids
 
 
 def _plain_ids(field: str, value: Any) -> tuple[int, ...]:

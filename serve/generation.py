@@ -2,7 +2,7 @@
 
 import time
 
-from jaxinfer.assembly import Assembler, joined_stats
+from jaxinfer.assembly import Assembler
 from jaxinfer.outputs import Delta, PositionLogprobs, RequestOutput
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, RequestStats, TokenChunk
@@ -18,12 +18,9 @@ class Generation:
         self._num_unfinished = request.params.n
         self._num_output_tokens = 0
         self._first_seen = 0.0
-        self._stats: dict[int, RequestStats] = {}
 
     def feed(self, chunk: TokenChunk) -> Delta | None:
         """What a chunk adds; None if nothing that a user would see."""
-        if chunk.stats is not None:
-            self._stats[chunk.index] = chunk.stats
         delta = self._assembler.feed(chunk)
         if delta is None or not (delta.token_ids or delta.text or delta.finish_reason):
             return None
@@ -48,13 +45,10 @@ class Generation:
         return self._assembler.output().prompt_logprobs or []
 
     def stats(self) -> RequestStats:
-        """Of all samples together, at the end. A row that we cancel (a stop string matched) makes no last report:
-        then our own clock tells when it ended, and `scheduled` may stay 0."""
-        reports = self._stats.values()
-        stats = joined_stats(reports) or RequestStats(arrival=self.request.arrival)
+        """Of all samples together, at the end."""
+        stats = self._assembler.stats() or RequestStats(arrival=self.request.arrival)
         stats.num_prompt_tokens = len(self.request.prompt)
         stats.num_output_tokens = self._num_output_tokens
         stats.first_token = stats.first_token or self._first_seen
-        if len(reports) < self.request.params.n or not all(one.finished for one in reports):
-            stats.finished = time.monotonic()
+        stats.finished = stats.finished or time.monotonic()
         return stats

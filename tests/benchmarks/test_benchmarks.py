@@ -16,6 +16,9 @@ SECONDS = 300
 """Far more than a smoke run takes, even beside others."""
 
 LIMITED = {
+    "grpc": ["1 stream: server CPU a token, ours / bare", "16 streams: server CPU a token, ours / bare",
+             "64 streams: server CPU a token, ours / bare"],
+    "mixed_load": ["compiles after ready", "pages held when idle", "failed steps"],
     "batching": ["share of the device limit", "tokens/s over one row's", "tokens/s over static batches'"],
     "host": ["64 rows", "256 rows"],
     "prefix": ["time to first token, no cache / cache", "tokens/s, cache / no cache"],

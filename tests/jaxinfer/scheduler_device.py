@@ -173,6 +173,7 @@ class Harness:
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], TokenChunk] = {}
+        self.cancelled: set[tuple[str, int]] = set()
         self.scores: dict[str, list[TokenLogprobs]] = {}
         self.plans: list[StepPlan] = []
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
@@ -232,6 +233,8 @@ class Harness:
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenChunk]:
         chunks = self.scheduler.cancel(request_id, index)
+        assert {chunk.finish_reason for chunk in chunks} <= {"abort" if index is None else "stop"}
+        self.cancelled |= {(chunk.request_id, chunk.index) for chunk in chunks}
         self._receive(chunks)
         self._check()
         return chunks
@@ -252,7 +255,7 @@ class Harness:
         for (request_id, index), tokens in self.outputs.items():
             request, end = self.requests[request_id], self.ends[request_id, index]
             expected = expected_tokens(request)[len(request.prompt):]
-            if end.finish_reason == "abort":
+            if (request_id, index) in self.cancelled:
                 assert tokens == expected[:len(tokens)]
                 continue
             assert tokens == expected

@@ -8,7 +8,7 @@ from jaxinfer import memory
 from jaxinfer.errors import InvalidConfig, OutOfMemory
 
 PLAN = {"budget": 1000, "weights": 300, "temporaries": 100, "bytes_per_page": 10, "page_size": 16, "needed": 20,
-        "most": None, "wanted": None}
+        "most": None, "wanted": None, "on_cpu": False}
 
 
 def test_pages_take_what_weights_and_temporaries_leave():
@@ -28,6 +28,24 @@ def test_what_does_not_fit_is_refused_with_its_figures(change):
     with pytest.raises(OutOfMemory, match=r"pages of 16 tokens need .* room for \d+ pages") as caught:
         memory.plan_pages(**PLAN | change)
     assert "max_model_len" in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "said", "unsaid"), [
+    ({}, ["temporaries", "raise gpu_memory_utilization"], ["free memory"]),
+    ({"temporaries": None, "on_cpu": True}, ["free memory of this machine"], ["temporaries", "gpu_memory_utilization"]),
+])
+def test_the_advice_works_on_the_platform(change, said, unsaid):
+    with pytest.raises(OutOfMemory) as caught:
+        memory.plan_pages(**PLAN | {"wanted": 71} | change)
+    assert all(words in str(caught.value) for words in said)
+    assert not any(words in str(caught.value) for words in unsaid)
+
+
+def test_temporaries_that_are_not_measured_are_left_out():
+    plan = memory.plan_pages(**PLAN | {"temporaries": None})
+    assert plan.num_pages == 70
+    assert "temporaries" not in plan.table()
+    assert "temporaries" in memory.plan_pages(**PLAN).table()
 
 
 def test_too_few_pages_asked_for_are_a_setting_not_a_lack_of_memory():

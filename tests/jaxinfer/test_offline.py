@@ -3,6 +3,8 @@
 import asyncio
 import math
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -22,6 +24,7 @@ from jaxinfer.types import SamplingParams
 
 SMALL = {"max_model_len": 160, "max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 64,
          "max_decode_rounds": 4, "quiet": True}
+USER = {"role": "user", "content": "reverse a string"}
 PROMPT = "def fibonacci(n):\n    return"
 
 
@@ -97,6 +100,20 @@ def test_logits_of_more_tokens_than_a_step_holds(llm):
         np.testing.assert_allclose(llm.logits(ids[:length]), whole[:length], atol=1e-4)
 
 
+def test_logits_of_the_whole_length_and_not_of_more(llm):
+    ids = np.random.default_rng(1).integers(0, llm.core.info.vocab_size, 161).tolist()
+    whole = llm.logits(ids[:160])
+    assert np.isfinite(whole).all()
+    np.testing.assert_allclose(whole[:150], llm.logits(ids[:150]), atol=1e-4)
+    prefix = llm.generate([ids[:159]], greedy(max_tokens=1))[0].outputs[0].token_ids[0]
+    assert prefix == whole[158].argmax()
+    with pytest.raises(InvalidRequest, match=r"^token_ids: has 161 tokens; the limit is 160 \(max_model_len is 160\)"):
+        llm.logits(ids)
+    with pytest.raises(InvalidRequest, match=r"^token_ids: is empty"):
+        llm.logits([])
+    assert llm.core.engine.run(lambda engine: engine.scheduler.pool.num_held) == 0
+
+
 def test_stream_gives_the_text_of_generate(llm):
     params = SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)
     whole = llm.generate(PROMPT, params)[0].outputs[0]
@@ -142,13 +159,15 @@ def test_stop_strings_cut_the_text_and_end_the_row(llm):
     stop = whole[8:11]
     assert len(stop) == 3
     request = llm.generate(PROMPT, greedy(max_tokens=100, stop=[stop]))[0]
-    assert request.metrics.first_token >= request.metrics.scheduled > 0, "a row ended by a stop string has times, too"
-    output = request.outputs[0]
+    times, output = request.metrics, request.outputs[0]
+    assert times.finished >= times.first_token >= times.scheduled > 0, "a row ended by a stop string has times, too"
+    assert times.num_output_tokens == len(output.token_ids) < 100
     assert output.text == whole[:whole.index(stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
     kept = llm.generate(PROMPT, greedy(max_tokens=100, stop=[stop], include_stop_str_in_output=True))[0].outputs[0]
     assert kept.text == output.text + stop
     assert llm.core.engine.run(lambda engine: engine.scheduler.pool.num_held) == 0
+    assert llm.metrics()["finished"]["stop"] >= 2, "it counts as stopped, not as aborted"
 
 
 def test_seeds_and_samples(llm):
@@ -204,7 +223,7 @@ def test_bad_input_names_its_field_and_the_engine_goes_on(llm, prompt, params, f
     ("generate", (None,), r"prompts: must be text, token ids, .*, got None \(NoneType\)"),
     ("generate", (5,), "prompts: must be text, token ids, .*, got 5"),
     ("generate", (b"ab",), r"prompt: must be a list of token ids, got b'ab' \(bytes\)"),
-    ("generate", ([PROMPT, None],), "prompt: is None; give text"),
+    ("generate", ([PROMPT, None],), r"prompts\[1\]: is None; give text"),
     ("generate", (PROMPT, {"max_tokens": 3}), r"sampling_params: .*, got \{'max_tokens': 3\} \(dict\); make it with"),
     ("generate", (PROMPT, 3), "sampling_params: must be SamplingParams, or a list.*, got 3; make it with"),
     ("generate", (PROMPT, "hot"), r"sampling_params: .*, got 'hot' \(str\); make it with"),
@@ -212,11 +231,40 @@ def test_bad_input_names_its_field_and_the_engine_goes_on(llm, prompt, params, f
     ("chat", (None,), r"messages: must be a list of messages.*, got None \(NoneType\)"),
     ("chat", ({"role": "user", "content": "hi"},), r"messages: must be a list of messages.*, got \{.* \(dict\)"),
     ("chat", ("hi",), r"messages: must be a list of messages.*, got 'hi' \(str\)"),
-    ("logits", (None,), r"prompt: must be a list of token ids, got None \(NoneType\)"),
+    ("logits", (None,), r"token_ids: must be a list of token ids, got None \(NoneType\)"),
 ])  # fmt: skip
 def test_arguments_of_the_wrong_kind_are_refused_by_name(llm, method, arguments, message):
     with pytest.raises(InvalidRequest, match=f"^{message}"):
         getattr(llm, method)(*arguments)
+
+
+@pytest.mark.parametrize(("method", "inputs", "params", "field"), [
+    ("generate", [PROMPT, ""], None, "prompts[1]"),
+    ("generate", [PROMPT, {"text": PROMPT}], None, "prompts[1]"),
+    ("generate", [PROMPT, [5, 10**6]], None, "prompts[1]"),
+    ("generate", [PROMPT, [{"role": "nobody", "content": ""}]], None, "prompts[1][0].role"),
+    ("generate", [PROMPT, [5] * 60], SamplingParams(max_tokens=120), "prompts[1].max_tokens"),
+    ("generate", [PROMPT] * 2, SamplingParams(top_p=2.0), "top_p"),
+    ("generate", [PROMPT] * 2, SamplingParams(prompt_logprobs=-1), "prompt_logprobs"),
+    ("generate", [PROMPT] * 2, [SamplingParams(), SamplingParams(top_p=2.0)], "sampling_params[1].top_p"),
+    ("generate", [PROMPT] * 2, [SamplingParams(), 3], "sampling_params[1]"),
+    ("generate", [""], None, "prompt"),
+    ("generate", [PROMPT], [SamplingParams(top_p=2.0)], "top_p"),
+    ("chat", [[USER], []], None, "messages[1]"),
+    ("chat", [[USER], [{"role": "nobody", "content": ""}]], None, "messages[1][0].role"),
+    ("chat", [[USER]] * 2, [SamplingParams(), SamplingParams(n=0)], "sampling_params[1].n"),
+])  # fmt: skip
+def test_an_error_says_which_of_many_it_is_about(llm, method, inputs, params, field):
+    with pytest.raises(InvalidRequest) as caught:
+        getattr(llm, method)(inputs, params)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+    assert str(caught.value).count(field) == 1
+
+
+def test_a_priority_that_all_share_keeps_its_name(llm):
+    with pytest.raises(InvalidRequest, match=r"^priority: must be an integer"):
+        llm.generate([PROMPT] * 2, priority="high")
 
 
 def test_one_bad_prompt_of_many_starts_nothing(llm):
@@ -281,6 +329,11 @@ def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository
     ({"gpu_memory_utilization": float("nan")}, InvalidConfig, "gpu_memory_utilization: must be"),
     ({"gpu_memory_utilization": 1.5}, InvalidConfig, "gpu_memory_utilization: must be"),
     ({"seed": "a"}, InvalidConfig, "seed: must be"),
+    ({"enable_prefix_caching": "no"}, InvalidConfig, "enable_prefix_caching: must be True or False, got 'no'"),
+    ({"enable_prefix_caching": 1}, InvalidConfig, "enable_prefix_caching: must be True or False, got 1"),
+    ({"tokenizer": 5}, InvalidConfig, "tokenizer: must be a string or None, got 5"),
+    ({"attention": True}, InvalidConfig, "attention: must be a string or None, got True"),
+    ({"compile_cache": False}, InvalidConfig, "compile_cache: must be a string or None, got False"),
     ({"num_pages": 10**9}, OutOfMemory, "room for"),
     ({"page_size": 8, "block_size": 16}, InvalidRequest, "block_size"),
     ({"tensor_parallel_size": 64}, InvalidConfig, "tensor_parallel_size"),
@@ -290,6 +343,13 @@ def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository
 def test_settings_that_cannot_work_are_refused_by_name(folder, changes, error, words):
     with pytest.raises(error, match=words):
         LLM(**{"model": str(folder), **SMALL, **changes})
+
+
+def test_a_lack_of_memory_on_a_cpu_gives_advice_for_a_cpu(llm, folder):
+    assert "temporaries" not in llm.report.memory.table()
+    with pytest.raises(OutOfMemory, match="free memory of this machine") as caught:
+        LLM(str(folder), **SMALL | {"num_pages": 10**9})
+    assert "gpu_memory_utilization" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "text", "problem"), [
@@ -319,3 +379,17 @@ def test_tensor_parallel_answers_as_one_device(llm, folder, size):
         found = parallel.generate([PROMPT, "import os"], greedy())
         assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in wanted]
         assert parallel.metrics()["compiles_after_ready"] == 0
+
+
+LEAVES_EARLY = """
+from jaxinfer import LLM, SamplingParams
+llm = LLM("demo-draft", max_num_seqs=2, max_model_len=64, max_num_batched_tokens=64, quiet=True)
+for delta in llm.stream("a", SamplingParams(max_tokens=60, ignore_eos=True)):
+    raise SystemExit(3)
+"""
+
+
+def test_a_script_may_end_while_a_request_runs():
+    ended = subprocess.run([sys.executable, "-c", LEAVES_EARLY], capture_output=True, text=True, timeout=120,
+                           check=False)
+    assert (ended.returncode, ended.stderr) == (3, "")

@@ -137,7 +137,7 @@ def test_one_sample_is_cancelled_alone():
     harness.make(n=3)
     assert [chunk.index for chunk in harness.cancel("r0000", 1)] == [1]
     harness.run()
-    assert [harness.ends["r0000", index].finish_reason for index in range(3)] == ["length", "abort", "length"]
+    assert [harness.ends["r0000", index].finish_reason for index in range(3)] == ["length", "stop", "length"]
 
 
 def test_cancelling_what_is_gone_does_nothing():
