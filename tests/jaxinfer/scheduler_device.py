@@ -223,7 +223,7 @@ class Harness:
             chunks += self.commit()
         return chunks
 
-    def run(self, max_steps: int = 1000) -> None:
+    def run(self, max_steps: int = 20_000) -> None:
         """Steps until nothing is left to do."""
         for _ in range(max_steps):
             if not self.scheduler.has_work and not self.in_flight:
