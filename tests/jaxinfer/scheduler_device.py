@@ -223,13 +223,20 @@ class Harness:
             chunks += self.commit()
         return chunks
 
-    def run(self, max_steps: int = 20_000) -> None:
-        """Steps until nothing is left to do."""
+    def run(self) -> None:
+        """Steps until nothing is left to do; every step must bring the work forward by a token or more, net of what
+        preemption throws away."""
+        max_steps = self._tokens_left() + len(self.in_flight) + 1
         for _ in range(max_steps):
             if not self.scheduler.has_work and not self.in_flight:
                 return
             self.step()
-        raise AssertionError(f"still busy after {max_steps} steps")
+        assert not self.scheduler.has_work and not self.in_flight, f"still busy after {max_steps} steps"
+
+    def _tokens_left(self) -> int:
+        """Prompt and output tokens of every sample that has not ended."""
+        return sum(len(request.prompt) + request.max_tokens for (id, index) in self.outputs.keys() - self.ends.keys()
+                   for request in (self.requests[id],))
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenChunk]:
         chunks = self.scheduler.cancel(request_id, index)
