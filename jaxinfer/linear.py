@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import InvalidConfig
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul import int8_matmul
 
 
@@ -68,7 +68,7 @@ def matmul(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.
     """f32[T, F] of x [T, D] and weight [D, F] (or [F, D] when transposed)."""
     # XLA:CPU runs a one-row bfloat16 product in a naive loop at about 1 GB/s; two rows are 6 to 18 times faster.
     # In float32 one row is a fast matrix-vector product, and two would cost more.
-    pad = x.shape[0] == 1 and x.dtype != jnp.float32 and current_platform() == "cpu"
+    pad = x.shape[0] == 1 and x.dtype != jnp.float32 and current_device().platform == "cpu"
     x = jnp.concatenate([x, x]) if pad else x
     y = jnp.einsum("td,fd->tf" if transposed else "td,df->tf", x, weight, preferred_element_type=jnp.float32)
     return y[:1] if pad else y

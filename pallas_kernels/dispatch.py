@@ -81,6 +81,18 @@ def explain(candidates: Sequence[Candidate], spec: Any) -> tuple[Verdict, ...]:
     return tuple(verdicts)
 
 
-def current_platform() -> str:
-    """ "cpu", "gpu" or "tpu": where a call without further placement would run."""
-    return jax.default_backend()
+@dataclass(frozen=True)
+class Device:
+    """What calls are compiled for. platform: "cpu", "gpu" or "tpu"; kind: as jax names it ("TPU v6 lite")."""
+
+    platform: str
+    kind: str
+
+
+def current_device() -> Device:
+    """The devices of the mesh in use (`jax.set_mesh`), which need not exist here; else where a call would run."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        local = jax.local_devices()[0]
+        return Device(local.platform, local.device_kind)
+    return Device("gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import Device, current_device
 
 type Array = jax.Array | np.ndarray
 
@@ -22,7 +22,8 @@ class Int8MatmulSpec:
     out_features: int
     quantize_activations: bool
     dtype: Any = jnp.bfloat16
-    platform: str = field(default_factory=current_platform)
+    device: Device = field(default_factory=current_device)
+    interpret: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.contract import Array, AttentionImplementation, AttentionSpec
+from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 OPERATION = "ragged_paged_attention"
 # First supported wins; the reference serves only callers who name it.
@@ -56,6 +57,7 @@ def ragged_paged_attention(
     v_scale: Array | None = None,
     max_q_len: int | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Writes the new keys and values into their pages, then attends causally, each row to its own pages only.
 
@@ -80,10 +82,14 @@ def ragged_paged_attention(
       soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
       sinks: f32[N], a score a head that takes part in the softmax and has no value.
       window: i32[], may be traced; w > 0 lets a query at position p see positions p - w + 1 .. p, 0 is no window.
-      k_scale, v_scale: f32[], for int8 and fp8 pages (no implementation serves them yet).
+      k_scale, v_scale: f32[] or f32[K], may be traced: int8 and fp8 pages hold keys / k_scale and values / v_scale,
+        rounded to nearest even and saturated. int8 pages need both, fp8 pages have 1 without them, other pages take
+        none.
       max_q_len: the most queries of any row when known; 1 promises that no row has more (decode). More is an error that
         is not detected: the lengths are on the device.
       implementation: a name, or None for the first that supports the call.
+      interpret: parameters of Pallas' interpreter (`pltpu.InterpretParams`, `plgpu.InterpretGPUParams`), with which the
+        named kernel runs on any device; slow, for tests.
 
     Returns:
       Outputs [T, N, H] in the dtype of `queries`, and the written pages.
@@ -93,6 +99,8 @@ def ragged_paged_attention(
       ValueError: shapes do not fit together, or an unknown implementation.
     """
     check_shapes(queries, keys, values, kv_lens, page_indices, cu_q_lens)
+    if (k_scale is not None or v_scale is not None) and not is_scaled(kv_pages.dtype):
+        raise ValueError(f"pages of {kv_pages.dtype} take neither k_scale nor v_scale")
     spec = AttentionSpec(
         num_q_heads=queries.shape[1],
         num_kv_heads=keys.shape[1],
@@ -105,12 +113,13 @@ def ragged_paged_attention(
         sinks=sinks is not None,
         scales=k_scale is not None or v_scale is not None,
         kv_pages_shape=tuple(kv_pages.shape),
+        interpret=bool(interpret),
     )
     chosen = choose_for_pages(spec, implementation)
     return chosen.attend(
         queries, keys, values, kv_pages, layer, kv_lens, page_indices, cu_q_lens, distribution,
         schedule=schedule, scale=scale, soft_cap=soft_cap, sinks=sinks, window=window,
-        k_scale=k_scale, v_scale=v_scale, max_q_len=max_q_len,
+        k_scale=k_scale, v_scale=v_scale, max_q_len=max_q_len, interpret=interpret,
     )  # fmt: skip
 
 
@@ -156,6 +165,7 @@ def make_schedule(
     kv_dtype: Any,
     max_q_len: int | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Any:
     """The work list of a step, built once and given to the attention of every layer.
 
@@ -165,7 +175,8 @@ def make_schedule(
     Returns:
       A pytree of the implementation (None where it needs nothing); it may cross jit, scan and shard_map (replicated).
     """
-    spec = AttentionSpec(num_q_heads, num_kv_heads, head_dim, page_size, dtype, kv_dtype, max_q_len)
+    spec = AttentionSpec(num_q_heads, num_kv_heads, head_dim, page_size, dtype, kv_dtype, max_q_len,
+                         scales=is_scaled(kv_dtype), interpret=interpret)  # fmt: skip
     chosen = dispatch.choose(OPERATION, IMPLEMENTATIONS, spec, implementation)
     return chosen.make_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens=num_tokens, spec=spec)
 
@@ -181,8 +192,10 @@ def kv_pages_shape(
     implementation: str | None = None,
 ) -> tuple[int, ...]:
     """Shape of the pages of all layers, `[L, P, ...]`; make it with `jnp.zeros(shape, dtype)`."""
-    spec = AttentionSpec(num_kv_heads, num_kv_heads, head_dim, page_size, kv_dtype=dtype)
-    chosen = dispatch.choose(OPERATION, IMPLEMENTATIONS, spec, implementation)
+    if implementation is None:
+        spec = AttentionSpec(num_kv_heads, num_kv_heads, head_dim, page_size, kv_dtype=dtype, scales=is_scaled(dtype))
+        implementation = resolve(spec)
+    chosen = named(implementation)
     return chosen.kv_pages_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype)
 
 

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention.page_dtypes import SCALED, is_scaled, to_page_dtype
+
+# In pages that have no NaN: a number that no key or value has there.
+INT8_POISON = -128
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -64,6 +69,8 @@ class AttentionInputs:
     distribution: np.ndarray
     sinks: np.ndarray | None
     window: np.ndarray | None
+    k_scale: np.ndarray | None  # f32[K], for scaled pages
+    v_scale: np.ndarray | None
 
     def arguments(self) -> tuple[np.ndarray, ...]:
         """The positional arguments of `ragged_paged_attention`."""
@@ -72,7 +79,8 @@ class AttentionInputs:
 
 
 def make_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
-    """Normally distributed queries, keys, values and contexts; NaN in every page and slot that no row owns.
+    """Normally distributed queries, keys, values and contexts; NaN (or INT8_POISON) in every page and slot that no row
+    owns.
 
     Page table entries beyond a row's length are garbage (far out of range and negative), padding tokens are NaN, and
     padding rows carry lengths that must not be believed.
@@ -92,7 +100,8 @@ def make_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     cu_q_lens[: len(case.rows) + 1] = np.concatenate([[0], np.cumsum(q_lens)])
     padding = np.arange(1, case.num_padding_rows + 1)
     cu_q_lens[len(case.rows) + 1 :] += np.minimum(padding, case.num_padding_tokens)  # padding rows claim a token each
-    page_indices, kv_pages = make_pages(case, rng, kv_dtype)
+    k_scale, v_scale = make_scales(case, rng)
+    page_indices, kv_pages = make_pages(case, rng, kv_dtype, k_scale, v_scale)
     num_heads = case.num_kv_heads * case.group
     return AttentionInputs(
         queries=queries,
@@ -106,29 +115,58 @@ def make_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
         distribution=np.array([case.num_single, case.num_single + case.num_few, len(case.rows)], np.int32),
         sinks=rng.normal(size=num_heads).astype(np.float32) if case.sinks else None,
         window=None if case.window is None else np.asarray(case.window, np.int32),
+        k_scale=k_scale,
+        v_scale=v_scale,
     )  # fmt: skip
 
 
-def make_pages(case: AttentionCase, rng: np.random.Generator, kv_dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(page_indices i32[R, M], kv_pages): shuffled pages, only the context before the new tokens is not NaN."""
+def make_scales(case: AttentionCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Of each kv head, (f32[K], f32[K]): int8 saturates at about 4 deviations."""
+    if not is_scaled(case.kv_dtype):
+        return None, None
+    typical = 4 / 127 if case.kv_dtype == "int8" else 1.0
+    k_scale, v_scale = (typical * rng.uniform(0.5, 1.5, size=(2, case.num_kv_heads))).astype(np.float32)
+    return k_scale, v_scale
+
+
+def make_pages(
+    case: AttentionCase, rng: np.random.Generator, kv_dtype, k_scale, v_scale
+) -> tuple[np.ndarray, np.ndarray]:
+    """(page_indices i32[R, M], kv_pages): shuffled pages, only the context before the new tokens is not poison."""
     pages_used = [-(-kv_len // case.page_size) for _, kv_len in case.rows]
     num_pages = case.num_pages or sum(pages_used) + 3
     shuffled = rng.permutation(num_pages).astype(np.int32)
     garbage = np.array([-1, 2**31 - 1, num_pages, 0], np.int32)
     page_indices = rng.choice(garbage, size=(case.num_rows, case.max_pages))
     shape = (case.num_layers, num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
-    kv_pages = np.full(shape, np.nan, np.float32)
+    kv_pages = np.full(shape, np.nan, np.float32).astype(kv_dtype) if kv_dtype != np.int8 else np.full(
+        shape, INT8_POISON, np.int8)  # fmt: skip
     taken = 0
     for row, ((q_len, kv_len), count) in enumerate(zip(case.rows, pages_used, strict=True)):
         page_indices[row, :count] = shuffled[taken : taken + count]
         taken += count
         for position in range(kv_len - q_len if kv_len else 0):
             page, slot = page_indices[row, position // case.page_size], position % case.page_size
-            kv_pages[case.layer, page, :, :, slot] = rng.normal(size=(2, case.num_kv_heads, case.head_dim))
-    return page_indices, kv_pages.astype(kv_dtype)
+            new = rng.normal(size=(2, case.num_kv_heads, case.head_dim))
+            for which, scale in enumerate((k_scale, v_scale)):
+                kv_pages[case.layer, page, which, :, slot] = to_page_dtype(new[which][None], scale, kv_dtype)[0]
+    return page_indices, kv_pages
 
 
 DECODE_ROWS = tuple((1, kv_len) for kv_len in (1, 37, 4, 5, 64, 0, 8, 23, 2, 0, 51))
+# Small steps of the shapes that the kernels serve: head widths from 64, pages from 16.
+KERNEL_ROWS = {
+    "kernel_decode": {"rows": ((1, 1), (1, 70), (1, 16), (1, 0), (1, 33)), "num_single": 5, "max_q_len": 1},
+    "kernel_verify": {"rows": ((3, 18), (3, 3), (1, 40), (2, 0)), "num_few": 4, "max_q_len": 3},
+    "kernel_mixed": {"rows": ((1, 35), (1, 0), (3, 18), (20, 20), (9, 50)), "num_single": 2, "num_few": 1},
+}
+
+
+def kernel_case(name: str, rows: str, kv_dtype: str = "bfloat16", **fields) -> AttentionCase:
+    return AttentionCase(name, **{"dtype": "bfloat16", "kv_dtype": kv_dtype, "head_dim": 128, "page_size": 16,
+                                  "max_pages": 8} | KERNEL_ROWS[rows] | fields)  # fmt: skip
+
+
 MIXED_ROWS = ((1, 9), (1, 0), (1, 30), (3, 12), (4, 4), (5, 45), (17, 17), (9, 60), (80, 101))
 
 CASES: tuple[AttentionCase, ...] = (
@@ -172,4 +210,25 @@ CASES: tuple[AttentionCase, ...] = (
                   max_pages=64, window=130),
     AttentionCase("prefill_head_256", ((12, 12), (7, 33)), head_dim=256, num_kv_heads=1, group=1),
     AttentionCase("unsorted_lengths_in_tiles", ((65, 65), (2, 60), (64, 64), (1, 30)), page_size=8),
+    *(AttentionCase(f"decode_{dtype}_pages", DECODE_ROWS, num_single=11, max_q_len=1, kv_dtype=dtype)
+      for dtype in SCALED),
+    *(AttentionCase(f"mixed_everything_{dtype}_pages", MIXED_ROWS, num_single=3, num_few=2, max_pages=32, window=20,
+                    soft_cap=3.0, sinks=True, num_padding_rows=2, num_padding_tokens=9, dtype="bfloat16",
+                    kv_dtype=dtype) for dtype in SCALED),
+    *(kernel_case(f"{rows}_{dtype}_head_{head_dim}", rows, dtype, head_dim=head_dim)
+      for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128, 256)),
+    *(kernel_case(f"{rows}_float32", rows, "float32", dtype="float32") for rows in KERNEL_ROWS),
+    *(kernel_case(f"{rows}_page_{page_size}", rows, page_size=page_size)
+      for rows in KERNEL_ROWS for page_size in (32, 64, 128, 256)),
+    *(kernel_case(f"{rows}_heads_{heads}_kv_heads_{kv_heads}", rows, num_kv_heads=kv_heads, group=heads // kv_heads)
+      for rows in KERNEL_ROWS for heads, kv_heads in ((1, 1), (2, 2), (8, 1), (5, 1), (4, 4), (16, 2))),
+    *(kernel_case(f"{rows}_window_{window}_head_{head_dim}", rows, window=window, head_dim=head_dim)
+      for rows in KERNEL_ROWS for window in (0, 20) for head_dim in (64, 128)),
+    *(kernel_case(f"{rows}_soft_cap_{dtype}", rows, dtype, soft_cap=2.0)
+      for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED)),
+    *(kernel_case(f"{rows}_sinks_head_{head_dim}", rows, sinks=True, head_dim=head_dim)
+      for rows in KERNEL_ROWS for head_dim in (64, 128, 256)),
+    *(kernel_case(f"{rows}_everything_{dtype}_head_{head_dim}", rows, dtype, head_dim=head_dim, window=33, soft_cap=3.0,
+                  sinks=True, num_padding_rows=2, num_padding_tokens=3)
+      for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128)),
 )  # fmt: skip

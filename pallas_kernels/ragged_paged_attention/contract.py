@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import Device, current_device
 
 type Array = jax.Array | np.ndarray
 
@@ -22,8 +22,10 @@ class AttentionSpec:
       page_size: C, tokens a page.
       dtype: of queries, new keys and new values; kv_dtype: of the pages.
       max_q_len: most queries of a row, where the caller knows it; 1 is the decode form.
+      soft_cap, sinks, scales: whether the call has them.
       kv_pages_shape: where the pages exist already; an implementation refuses another's layout.
-      platform: "cpu", "gpu" or "tpu".
+      device: what the call is compiled for.
+      interpret: run by Pallas' interpreter, on any device.
     """
 
     num_q_heads: int
@@ -37,7 +39,8 @@ class AttentionSpec:
     sinks: bool = False
     scales: bool = False
     kv_pages_shape: tuple[int, ...] | None = None
-    platform: str = field(default_factory=current_platform)
+    device: Device = field(default_factory=current_device)
+    interpret: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def common_reasons(spec: AttentionSpec) -> list[str]:
         reasons.append("num_q_heads, num_kv_heads, head_dim and page_size must be at least 1")
     elif spec.num_q_heads % spec.num_kv_heads:
         reasons.append(f"num_q_heads {spec.num_q_heads} is not a multiple of num_kv_heads {spec.num_kv_heads}")
+    if jnp.dtype(spec.kv_dtype) == jnp.int8 and not spec.scales:
+        reasons.append("int8 pages need k_scale and v_scale")
     if spec.max_q_len is not None and spec.max_q_len < 1:
         reasons.append(f"max_q_len {spec.max_q_len} is below 1")
     return reasons

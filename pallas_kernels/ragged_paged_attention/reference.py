@@ -4,6 +4,8 @@ Slow on purpose and never chosen unless named. It needs concrete arrays (it cann
 of donating them, and shares its page layout `[L, P, 2, K, C, H]` with `xla`.
 """
 
+from typing import Any
+
 import numpy as np
 
 from pallas_kernels.ragged_paged_attention.contract import (
@@ -12,6 +14,7 @@ from pallas_kernels.ragged_paged_attention.contract import (
     AttentionSpec,
     common_reasons,
 )
+from pallas_kernels.ragged_paged_attention.page_dtypes import to_page_dtype
 
 KV_HEAD_AXIS = 3
 PAGE_SIZE_AXIS = 4
@@ -23,10 +26,7 @@ def kv_pages_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim, dty
 
 
 def unsupported_reasons(spec: AttentionSpec) -> list[str]:
-    reasons = common_reasons(spec)
-    if spec.scales:
-        reasons.append("scaled (int8 or fp8) pages are not written yet")
-    return reasons
+    return common_reasons(spec)
 
 
 def make_schedule(*args, **kwargs) -> None:
@@ -43,17 +43,18 @@ def pages_to_dense(kv_pages, layer, page_indices_row, kv_len) -> tuple[np.ndarra
 
 
 def dense_to_pages(kv_pages, layer, page_indices_row, keys, values) -> np.ndarray:
-    pages = np.array(kv_pages)
-    for position, (key, value) in enumerate(zip(np.asarray(keys), np.asarray(values), strict=True)):
-        write_token(pages, int(np.ravel(layer)[0]), page_indices_row, position, key, value)
+    pages, layer = np.array(kv_pages), int(np.ravel(layer)[0])
+    keys, values = (np.asarray(dense).astype(pages.dtype) for dense in (keys, values))
+    for position, (key, value) in enumerate(zip(keys, values, strict=True)):
+        write_token(pages, layer, page_indices_row, position, key, value)
     return pages
 
 
 def write_token(pages: np.ndarray, layer: int, page_indices_row, position: int, key, value) -> None:
     page_size = pages.shape[PAGE_SIZE_AXIS]
     page, slot = int(page_indices_row[position // page_size]), position % page_size
-    pages[layer, page, 0, :, slot] = key.astype(pages.dtype)
-    pages[layer, page, 1, :, slot] = value.astype(pages.dtype)
+    pages[layer, page, 0, :, slot] = key
+    pages[layer, page, 1, :, slot] = value
 
 
 def softmax_with_sink(scores: np.ndarray, sink: float | None) -> np.ndarray:
@@ -95,9 +96,13 @@ def attend(
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     max_q_len: int | None = None,
+    interpret: Any = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    del schedule, k_scale, v_scale, max_q_len
-    queries, keys, values, pages = (np.asarray(queries), np.asarray(keys), np.asarray(values), np.array(kv_pages))
+    del schedule, max_q_len, interpret
+    queries, pages = np.asarray(queries), np.array(kv_pages)
+    keys = to_page_dtype(np.asarray(keys), k_scale, pages.dtype)
+    values = to_page_dtype(np.asarray(values), v_scale, pages.dtype)
+    k_scale, v_scale = (np.ones(()) if scale is None else np.asarray(scale, np.float64) for scale in (k_scale, v_scale))
     depth, reach = int(np.ravel(layer)[0]), 0 if window is None else int(window)
     page_table, starts = np.asarray(page_indices), np.asarray(cu_q_lens)
     outputs = np.zeros(queries.shape, np.float64)
@@ -109,6 +114,7 @@ def attend(
         for offset, token in enumerate(tokens):
             write_token(pages, depth, page_table[row], first + offset, keys[token], values[token])
         k_row, v_row = (dense.astype(np.float64) for dense in pages_to_dense(pages, depth, page_table[row], kv_len))
+        k_row, v_row = k_row * k_scale[..., None], v_row * v_scale[..., None]
         for position, token in enumerate(tokens, start=first):
             seen = slice(max(0, position - reach + 1) if reach else 0, position + 1)
             query = queries[token].astype(np.float64)

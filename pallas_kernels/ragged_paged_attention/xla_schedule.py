@@ -50,8 +50,9 @@ class Blocks:
             # tenth to a fifth more (XLA:CPU gathers bfloat16 slowly, and a few rows do not fill its bfloat16 matmul).
             # The tile form: a prompt of 2048 takes 23 ms a layer in tiles of 256 x 256 and 40 ms in tiles of 64 x 128;
             # a prompt of 64 takes 0.33 ms in a tile of 64 x 128 and 0.53 ms in one of 64 x 256.
-            return Blocks(rows=16, row_kv=128, row_float32=True, tiles=(Tile(256, 256), Tile(64, 128)),
-                          tile_float32=False)
+            return Blocks(
+                rows=16, row_kv=128, row_float32=True, tiles=(Tile(256, 256), Tile(64, 128)), tile_float32=False
+            )
         # Not measured. A loop of dynamic length asks the host after each iteration on a GPU: few and large ones.
         return Blocks(rows=64, row_kv=256, row_float32=False, tiles=(Tile(256, 512),), tile_float32=False)
 
@@ -123,7 +124,7 @@ def make_schedule(
     blocks: Blocks | None = None,
 ) -> Schedule:
     """See `api.make_schedule`; `blocks` is for tests and measurements."""
-    blocks = blocks or Blocks.choose(spec.platform)
+    blocks = blocks or Blocks.choose(spec.device.platform)
     kv_lens, cu_q_lens = jnp.asarray(kv_lens), jnp.asarray(cu_q_lens)
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     active = (kv_lens > 0) & (row < distribution[2])
@@ -205,8 +206,7 @@ def make_items(rows: Rows, row: Array, first: Array, count: Array, tile: Tile) -
     index = first[:, None] + jnp.arange(tile.queries, dtype=jnp.int32)
     begins = mine.kv_lens - mine.q_lens
     positions = jnp.where(index < mine.q_lens[:, None], begins[:, None] + index, -1)
-    return Items(mine.q_starts[:, None] + index, positions, positions.max(axis=1) + 1, mine.pages, count,
-                 tile.kv)
+    return Items(mine.q_starts[:, None] + index, positions, positions.max(axis=1) + 1, mine.pages, count, tile.kv)
 
 
 def expand(counts: Array, size: int) -> tuple[Array, Array, Array]:

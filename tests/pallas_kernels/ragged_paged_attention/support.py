@@ -19,6 +19,8 @@ def options_of(case: AttentionCase, inputs: AttentionInputs) -> dict:
         "soft_cap": case.soft_cap,
         "sinks": inputs.sinks,
         "window": inputs.window,
+        "k_scale": inputs.k_scale,
+        "v_scale": inputs.v_scale,
         "max_q_len": case.max_q_len,
     }
 

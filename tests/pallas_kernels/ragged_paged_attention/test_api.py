@@ -38,11 +38,11 @@ def test_the_default_is_xla_and_the_reference_only_by_name():
 
 
 def test_a_refusal_lists_every_reason():
-    spec = replace(SPEC, num_kv_heads=3, kv_dtype=jnp.int8, scales=True)
+    spec = replace(SPEC, num_kv_heads=3, dtype=jnp.int32, kv_dtype=jnp.int8)
     with pytest.raises(Unsupported) as refusal:
         resolve(spec)
     assert len(refusal.value.reasons["xla"]) == 3
-    for part in ("not a multiple", "int8", "scaled"):
+    for part in ("not a multiple", "int32", "need k_scale"):
         assert part in str(refusal.value)
 
 
