@@ -44,6 +44,35 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What changes scores and outputs. Static: scale and soft_cap. Traced: sinks f32[N], window i32[] (0 is none),
+    k_scale and v_scale f32[] or f32[K]; None where the call has none.
+    """
+
+    scale: float
+    soft_cap: float | None
+    sinks: jax.Array | None
+    window: jax.Array | None
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+
+    @staticmethod
+    def make(
+        scale: float,
+        soft_cap: float | None,
+        sinks: Array | None,
+        window: Array | int | None,
+        k_scale: Array | None,
+        v_scale: Array | None,
+    ) -> "Options":
+        sinks, k_scale, v_scale = (
+            None if x is None else jnp.asarray(x, jnp.float32) for x in (sinks, k_scale, v_scale)
+        )
+        window = None if window is None else jnp.asarray(window, jnp.int32).reshape(())
+        return Options(scale, soft_cap, sinks, window, k_scale, v_scale)
+
+
+@dataclass(frozen=True)
 class AttentionImplementation:
     """One implementation: a record of functions with the signatures documented in `api`."""
 

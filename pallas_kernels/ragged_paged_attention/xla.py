@@ -9,13 +9,17 @@ neighbour needs and the row does not are exact no-ops (p = 0, alpha = 1).
 Pages are `[L, P, 2, K, C, H]`: head-major, so that a (page, kv head) is one contiguous C x H matrix.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.ragged_paged_attention.contract import AttentionImplementation, AttentionSpec, common_reasons
+from pallas_kernels.ragged_paged_attention.contract import (
+    AttentionImplementation,
+    AttentionSpec,
+    Options,
+    common_reasons,
+)
 from pallas_kernels.ragged_paged_attention.page_dtypes import SCALED, is_scaled, to_page_dtype
 from pallas_kernels.ragged_paged_attention.xla_schedule import (
     Items,
@@ -46,18 +50,6 @@ def unsupported_reasons(spec: AttentionSpec) -> list[str]:
         wanted = f"[L, P, 2, {spec.num_kv_heads}, C, {spec.head_dim}]"
         reasons.append(f"kv_pages of shape {shape} do not have this implementation's layout {wanted}")
     return reasons
-
-
-@dataclass(frozen=True)
-class Options:
-    """What changes scores and outputs; all but the first two may be traced: f32[N], i32[], f32[] or f32[K] twice."""
-
-    scale: float
-    soft_cap: float | None
-    sinks: Array | None
-    window: Array | None
-    k_scale: Array | None
-    v_scale: Array | None
 
 
 def attend(
@@ -91,8 +83,7 @@ def attend(
     # A layer number the compiler cannot see keeps the loops of unrolled layers identical: XLA:CPU then compiles each of
     # their kernels once (half the compile time of 5 layers).
     layer = lax.optimization_barrier(jnp.asarray(layer, jnp.int32).reshape(()))
-    window = None if window is None else jnp.asarray(window, jnp.int32).reshape(())
-    options = Options(scale, soft_cap, sinks, window, k_scale, v_scale)
+    options = Options.make(scale, soft_cap, sinks, window, k_scale, v_scale)
     new_keys, new_values = to_page_dtype(keys, k_scale, kv_pages.dtype), to_page_dtype(values, v_scale, kv_pages.dtype)
     kv_pages = write_new(new_keys, new_values, kv_pages, layer, schedule)
     outputs = attend_few(queries, kv_pages, layer, schedule, options)

@@ -1,10 +1,12 @@
 """What the tests of ragged paged attention share: running a case, and the errors of an answer."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention, reference
+from pallas_kernels.ragged_paged_attention import kv_pages_shape, ragged_paged_attention, reference
 from pallas_kernels.ragged_paged_attention.cases import AttentionCase, AttentionInputs
 
 # Largest error of a token's output relative to its largest component. bfloat16 keeps 8 bits: outputs round by 2^-9,
@@ -34,14 +36,41 @@ def expected(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.ndarray, 
     return reference.attend(queries.astype(np.float64), *rest, **options_of(case, inputs))
 
 
-def run(case: AttentionCase, inputs: AttentionInputs, implementation: str) -> tuple[np.ndarray, np.ndarray]:
-    options = options_of(case, inputs) | {"implementation": implementation}
+def run(
+    case: AttentionCase, inputs: AttentionInputs, implementation: str, interpret: Any = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [T, N, H] and pages, back in the layout of `inputs`."""
+    options = options_of(case, inputs) | {"implementation": implementation, "interpret": interpret}
     if implementation == "reference":
         outputs, pages = ragged_paged_attention(*inputs.arguments(), **options)
     else:
-        arguments = (jnp.asarray(argument) for argument in inputs.arguments())
+        positional = list(inputs.arguments())
+        positional[3] = to_layout_of(implementation, case, inputs.kv_pages)
+        arguments = (jnp.asarray(argument) for argument in positional)
         outputs, pages = jax.jit(lambda *arguments: ragged_paged_attention(*arguments, **options))(*arguments)
-    return np.asarray(outputs), np.asarray(pages)
+    return np.asarray(outputs), from_layout(np.asarray(pages))
+
+
+def to_layout_of(implementation: str, case: AttentionCase, pages: np.ndarray) -> np.ndarray:
+    """Pages [L, P, 2, K, C, H] as the implementation wants them: so, or with keys and values side by side in one lane
+    axis, [L, P, 1, K, C, 2H].
+    """
+    shape = kv_pages_shape(*pages.shape[:2], case.page_size, case.num_kv_heads, case.head_dim, pages.dtype,
+                           implementation=implementation)  # fmt: skip
+    if shape == pages.shape:
+        return pages
+    assert shape == (*pages.shape[:2], 1, *pages.shape[3:5], 2 * case.head_dim)
+    return np.concatenate([pages[:, :, :1], pages[:, :, 1:]], axis=-1)
+
+
+def from_layout(pages: np.ndarray) -> np.ndarray:
+    """The inverse of `to_layout_of`."""
+    return pages if pages.shape[2] == 2 else np.concatenate(np.split(pages, 2, axis=-1), axis=2)
+
+
+def is_kernel_shape(case: AttentionCase) -> bool:
+    """What the TPU and GPU kernels promise to serve; they must refuse everything else."""
+    return case.head_dim in (64, 128, 256) and 16 <= case.page_size <= 256
 
 
 def error_a_token(actual: np.ndarray, wanted: np.ndarray) -> np.ndarray:
