@@ -13,18 +13,20 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measured number. floor: the worst acceptable value; goal: what we aim at; None where only shown."""
+    """One measured number. value: None where it was not measured. floor: the worst acceptable value; goal: what we aim
+    at; None where only shown.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     floor: float | None = None
     goal: float | None = None
     better: Literal["higher", "lower"] = "lower"
 
     def reaches(self, mark: float | None) -> bool:
-        """Whether the value is at least as good as `mark`; NaN never is."""
-        if mark is None:
+        """Whether the value is at least as good as `mark`, or one of them is missing; NaN never is."""
+        if mark is None or self.value is None:
             return True
         return self.value >= mark if self.better == "higher" else self.value <= mark
 
@@ -32,6 +34,8 @@ class Result:
     def verdict(self) -> str:
         if self.floor is None and self.goal is None:
             return ""
+        if self.value is None:
+            return "not measured"
         if not self.reaches(self.floor):
             return "UNDER THE FLOOR"
         return "goal met" if self.reaches(self.goal) else "floor met"
