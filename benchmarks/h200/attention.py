@@ -81,11 +81,11 @@ def ours(load: Load, implementation: str) -> Contender:
 
         @jax.jit
         def layer(queries: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            attended, pages = ragged_paged_attention(
+            attended, written = ragged_paged_attention(
                 queries, new, new, pages, index, *arrays, schedule=schedule, scale=SCALE, max_q_len=max_q_len,
                 implementation=implementation,
             )  # fmt: skip
-            return jnp.asarray(attended), jnp.asarray(pages)
+            return jnp.asarray(attended), jnp.asarray(written)
 
         queries, pages = state
         for index in range(load.num_layers):
