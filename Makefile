@@ -31,10 +31,10 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT
 SHOW := awk '$$1 == "Collecting" || $$1 == "Downloading" {print "  " tolower($$1) " " $$2; fflush()} \
     $$1 == "Installing" {print "  installing"; fflush()}'
 
-.PHONY: help setup test smoke lint demo bench clean
+.PHONY: help setup aot-packages test smoke lint demo bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv with everything in it (Python 3.12 or newer)
 	@echo "ready: $(VENV) ($$($(PY) --version))"
@@ -52,6 +52,26 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@echo "installing jaxinfer and what it needs into $(VENV)"
 	@$(CLEAN) $(PY) -m pip install -c constraints.txt -e '.[dev]' | $(SHOW)
 	@touch $@
+
+# Compilers for TPUs and Hopper that run on any CPU. In folders of their own: beside jax they would change what every
+# process finds. Versions as jaxlib in constraints.txt wants them.
+AOT := .aot
+AOT_TPU := 'libtpu==0.0.48.*'
+AOT_CUDA := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.* nvidia-nvvm==13.* \
+    nvidia-cuda-crt==13.* nvidia-cuda-runtime==13.*
+AOT_INSTALL = $(CLEAN) $(PY) -m pip install --no-deps --only-binary :all: --target
+
+aot-packages: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## the compilers for TPU and Hopper (1.4 GB) into .aot
+
+$(AOT)/tpu/libtpu: | $(STAMP)
+	@rm -rf $(AOT)/tpu
+	@$(AOT_INSTALL) $(AOT)/tpu.part $(AOT_TPU) | $(SHOW)
+	@mv $(AOT)/tpu.part $(AOT)/tpu
+
+$(AOT)/cuda/jax_plugins: | $(STAMP)
+	@rm -rf $(AOT)/cuda
+	@$(AOT_INSTALL) $(AOT)/cuda.part $(AOT_CUDA) | $(SHOW)
+	@mv $(AOT)/cuda.part $(AOT)/cuda
 
 test: $(STAMP) ## the whole test suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -78,4 +98,4 @@ bench: $(STAMP) ## every benchmark; fails when a number is under its floor
 	@$(PY) -m benchmarks $(ARGS)
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(NEXT_VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(AOT) $(VENV) $(NEXT_VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

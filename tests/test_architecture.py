@@ -66,6 +66,7 @@ PUBLIC_NAMES = {
         ModelFormatError OutOfMemory Overloaded RequestOutput SamplingParams StepFailed TokenizerMissing __version__""",
     "jaxinfer.models": "Decoder forward logits make_decoder",
     "pallas_kernels": "Unsupported dispatch int8_matmul ragged_paged_attention",
+    "pallas_kernels.aot": "",
     "pallas_kernels.int8_matmul": "Int8MatmulSpec explain int8_matmul quantize_weight resolve",
     "pallas_kernels.ragged_paged_attention": """AttentionSpec dense_to_pages explain kv_head_axis kv_pages_shape
         make_schedule pages_to_dense ragged_paged_attention resolve""",
