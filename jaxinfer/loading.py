@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from checkpoints.safetensors_reader import open_safetensors
 from jaxinfer import sharding
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.errors import ModelFormatError
+from jaxinfer.linear import QuantizedWeight
 from jaxinfer.params import (
     LayerLoop,
     Params,
@@ -28,9 +30,11 @@ from jaxinfer.params import (
     flatten_specs,
     init_params,
     is_spec,
+    leaves_at,
     param_specs,
     source_paths,
 )
+from jaxinfer.quantization import WEIGHT_FORMATS, quantized, spec_of
 
 DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
 PROGRESS_AFTER_SECONDS = 2.0
@@ -52,6 +56,7 @@ def load_model(
     dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
     layer_loop: LayerLoop | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Reads a model folder (or "demo", "demo-draft") and places its parameters on the mesh, or on the first device.
 
@@ -59,6 +64,8 @@ def load_model(
       model: a folder with config.json and safetensors, or one that `checkpoints.convert` wrote.
       dtype: of the parameters; stored ones are rounded to it.
       layer_loop: None takes the back end's own (`params.default_layer_loop`).
+      quantization: "int8" or "int8_weight_only" quantises the projections tensor by tensor; None leaves them as they
+        are stored.
 
     Raises:
       ModelFormatError: naming the file or tensor, what was expected and what was found.
@@ -73,7 +80,7 @@ def load_model(
             params = restore_params(folder, config, dtype, mesh, layer_loop)
         else:
             lazy = rules.map_tensors(open_safetensors(folder), FAMILIES[config.family], raw, folder)
-            params = place_params(lazy, config, folder, dtype, mesh, layer_loop)
+            params = place_params(lazy, config, folder, dtype, mesh, layer_loop, WEIGHT_FORMATS[quantization])
     except CheckpointError as error:
         raise ModelFormatError(str(error)) from error
     return LoadedModel(config, params, folder)
@@ -128,28 +135,40 @@ def place_params(
     dtype: Any,
     mesh: Mesh | None,
     layer_loop: LayerLoop,
+    weight_format: str | None = None,
 ) -> Params:
     """The parameter tree on its devices, from tensors by tree path. Each device's part is read straight from the
     file.
     """
     sources = dict(flatten_specs(param_specs(config, dtype=dtype)))
     check_tensors(lazy, sources, folder, lambda path: rules.origin(path, FAMILIES[config.family]))
-    target = param_specs(
-        config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
+    specs = partial(
+        param_specs, config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
     )
+    target = specs()
+    kept = leaves_at(specs(weight_format=weight_format), target)
     leaves = []
-    for path, spec in tqdm(
-        list(flatten_specs(target)),
+    for (path, spec), wanted in tqdm(
+        list(zip(flatten_specs(target), kept, strict=True)),
         desc=f"loading {folder.name}",
         unit="tensor",
         delay=PROGRESS_AFTER_SECONDS,
         leave=False,
     ):
         names = source_paths(path, config.num_layers)
-        parts = [fitted(tensors.cast(lazy[name], dtype), sources[name], spec, config.head_dim) for name in names]
-        whole = tensors.stacked(parts) if len(spec.shape) > len(parts[0].shape) else parts[0]
-        leaves.append(placement.place(whole, sharding.sharding(mesh, sharding.partition_spec(spec.axes))))
+        parts = [fitted(lazy[name], sources[name], spec, config.head_dim) for name in names]
+        leaves.append(place_weight(parts, wanted, mesh))
     return jax.tree.unflatten(jax.tree.structure(target, is_leaf=is_spec), leaves)
+
+
+def place_weight(parts: list[tensors.LazyTensor], wanted: ParamSpec | QuantizedWeight, mesh: Mesh | None) -> Any:
+    """One weight of the tree from one tensor, or from one a layer, as `wanted` has it."""
+    if isinstance(wanted, QuantizedWeight):
+        place = sharding.sharding(mesh, sharding.partition_spec(spec_of(wanted).axes[-2:]))
+        return quantized((placement.place(tensors.transposed(part), place) for part in parts), wanted, mesh)
+    rounded = [tensors.cast(part, wanted.dtype) for part in parts]
+    whole = tensors.stacked(rounded) if len(wanted.shape) > len(parts[0].shape) else rounded[0]
+    return placement.place(whole, sharding.sharding(mesh, sharding.partition_spec(wanted.axes)))
 
 
 def check_tensors(

@@ -39,6 +39,8 @@ class LLM:
       model: a model folder, or "demo" for the shipped one.
       tokenizer: another folder to take the tokenizer from.
       dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
+      quantization: "int8" (weights, and the activations of each token) or "int8_weight_only", of the layers'
+        projections; None keeps the weights as they are stored.
       max_model_len: longest prompt + output in tokens; None is the model's own, at most 32,768.
       max_num_seqs: rows that run at once.
       max_num_batched_tokens: token budget of one step.
@@ -59,14 +61,16 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, tokenizer: str | None = None, dtype: str = "auto", max_model_len: int | None = None,
+        self, model: str, *, tokenizer: str | None = None, dtype: str = "auto", quantization: str | None = None,
+        max_model_len: int | None = None,
         max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
         block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1, enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8,
         max_waiting: int = 4096, attention: str | None = None, compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
-            model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, max_model_len=max_model_len,
+            model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,

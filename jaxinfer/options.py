@@ -42,6 +42,7 @@ class Option:
 ENGINE_OPTIONS = (
     Option("tokenizer", str, None, "folder to take the tokenizer from (default: the model's)"),
     Option("dtype", str, "auto", "auto (the checkpoint's), bfloat16 or float32"),
+    Option("quantization", str, None, "int8 (weights and activations) or int8_weight_only (default: as stored)"),
     Option("max_model_len", count, None, "longest prompt + output in tokens (default: the model's, at most 32,768)"),
     Option("max_num_seqs", count, 64, "rows that run at once"),
     Option("max_num_batched_tokens", count, 2048, "token budget of one step"),

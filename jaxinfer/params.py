@@ -2,13 +2,13 @@
 
 A parameter tree is `{"embed", "layers", "final_norm"}` and, unless the embedding is tied, `"head"`. `layers` is a
 tuple of L dictionaries when the layer loop is unrolled, and one dictionary of arrays with a leading axis L when it is
-scanned.
+scanned. Of a quantised weight the tree of specs holds a `QuantizedWeight` of specs.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +69,19 @@ def param_specs(
     dtype: Any = jnp.bfloat16,
     tensor_parallel: int = 1,
     layer_loop: LayerLoop = "unrolled",
+    weight_format: str | None = None,
 ) -> Params:
     """The tree of ParamSpec of a model on `tensor_parallel` shards. Shapes are those of the whole arrays.
+
+    weight_format: `QuantizedWeight.format` of the layers' projections; None leaves them in `dtype`.
 
     Raises InvalidConfig when the model cannot be cut so (`sharding.sharded_sizes`).
     """
     sizes = sharding.sharded_sizes(config, tensor_parallel)
     width, vocab = config.hidden_size, sizes.vocab_size
     layer = layer_specs(config, sizes, dtype)
+    if weight_format is not None:
+        layer = jax.tree.map(lambda spec: quantized_spec(spec, weight_format), layer, is_leaf=is_spec)
     specs: Params = {
         "embed": ParamSpec((vocab, width), dtype, ("vocab", "model"), in_axis=0, out_axis=1),
         "layers": (layer,) * config.num_layers,
@@ -118,6 +123,23 @@ def layer_specs(config: ModelConfig, sizes: sharding.ShardedSizes, dtype: Any) -
     return specs
 
 
+def quantized_spec(spec: ParamSpec, weight_format: str) -> ParamSpec | QuantizedWeight:
+    """A projection's spec as int8 values, output features first, with a scale an output feature; other specs stay."""
+    if spec.in_axis is None or spec.out_axis is None:
+        return spec
+    ins, outs = spec.in_axis, spec.out_axis
+    stack = slice(min(ins, outs))
+    values = ParamSpec(
+        (*spec.shape[stack], spec.shape[outs], spec.shape[ins]),
+        jnp.int8,
+        (*spec.axes[stack], spec.axes[outs], spec.axes[ins]),
+        in_axis=max(ins, outs),
+        out_axis=min(ins, outs),
+    )
+    scale = ParamSpec((*values.shape[:-1], 1), jnp.float32, (*values.axes[:-1], None), "ones")
+    return QuantizedWeight(cast(Any, values), cast(Any, scale), format=weight_format)
+
+
 def is_spec(node: Any) -> bool:
     """For `jax.tree.map(..., is_leaf=is_spec)`."""
     return isinstance(node, ParamSpec)
@@ -130,8 +152,8 @@ def flatten_specs(specs: Params) -> Iterator[tuple[str, ParamSpec]]:
 
 
 def path_name(keys: tuple[Any, ...]) -> str:
-    """Key path of `jax.tree.flatten_with_path` as "layers/0/q/weight"."""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+    """Key path of `jax.tree.flatten_with_path` as "layers/0/q/weight", or ".../weight/scale" of a quantised one."""
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def total_bytes(specs: Params) -> int:
@@ -145,9 +167,13 @@ def abstract_params(
     dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
     layer_loop: LayerLoop = "unrolled",
+    weight_format: str | None = None,
 ) -> Params:
     """The tree as `jax.ShapeDtypeStruct`s with their shardings: for compiling before anything is loaded."""
-    specs = param_specs(config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop)
+    specs = param_specs(
+        config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop,
+        weight_format=weight_format,
+    )  # fmt: skip
 
     def struct(spec: ParamSpec) -> jax.ShapeDtypeStruct:
         place = sharding.sharding(mesh, sharding.partition_spec(spec.axes))
@@ -170,17 +196,11 @@ def partition_specs(params: Params, config: ModelConfig, mesh: Mesh | None) -> P
 def leaf_partition(spec: ParamSpec, leaf: Any) -> Any:
     if not isinstance(leaf, QuantizedWeight):
         return sharding.partition_spec(spec.axes)
-    if spec.in_axis is None or spec.out_axis is None:
+    parts = quantized_spec(spec, leaf.format)
+    if not isinstance(parts, QuantizedWeight):
         raise ModelFormatError(f"a weight of shape {spec.shape} is no projection and cannot be quantised")
-    stack = spec.axes[: spec.in_axis]
-    ins, outs = spec.axes[spec.in_axis], spec.axes[spec.out_axis]
-    scale = sharding.partition_spec((*stack, outs, None))
-    return replace(
-        leaf,
-        values=sharding.partition_spec((*stack, outs, ins)),
-        scale=scale,
-        zero=None if leaf.zero is None else scale,
-    )
+    values, scale = (sharding.partition_spec(cast(Any, part).axes) for part in (parts.values, parts.scale))
+    return replace(leaf, values=values, scale=scale, zero=None if leaf.zero is None else scale)
 
 
 def check_params(params: Params, specs: Params) -> None:

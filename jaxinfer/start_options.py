@@ -13,6 +13,7 @@ SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
 OPTIONAL_TEXTS = ("tokenizer", "attention", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
+QUANTIZATIONS = ("int8", "int8_weight_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class Options:
     model: str
     tokenizer: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -51,6 +53,9 @@ class Options:
             raise InvalidConfig("enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}")
         if self.dtype not in DTYPES:
             raise InvalidConfig("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise InvalidConfig("quantization", f"{self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}; "
+                                "None keeps the weights as they are stored")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise InvalidConfig("gpu_memory_utilization", f"must be a share in (0, 1], got {share!r}")

@@ -1,5 +1,6 @@
 """From a model folder to a running core: load, plan memory, compile, start the engine's thread."""
 
+import math
 import os
 import random
 import time
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from jaxinfer import compile_cache, loading, memory, programs, sharding
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.compile_counter import CompileCounter
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
@@ -24,6 +25,7 @@ from jaxinfer.executor import Executor
 from jaxinfer.intake import GenerationDefaults, Intake
 from jaxinfer.models import Decoder, make_decoder
 from jaxinfer.page_pool import PagePool
+from jaxinfer.params import flatten_specs, param_specs
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.start_options import Options
 from jaxinfer.tokenizer import Tokenizer
@@ -65,12 +67,13 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     folder = loading.model_folder(options.model)
     dtype = choose_dtype(options.dtype, folder)
     defaults = GenerationDefaults.from_folder(folder)
-    loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh)
+    loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh, quantization=options.quantization)
     model = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh,
                          implementation=options.attention)
     tokenizer, template = read_text_files(options, folder)
     loaded_at = time.monotonic()
-    say(f"loaded {loaded.config.family} with {count_params(loaded.params):,} parameters in {loaded_at - began:.1f} s; "
+    num_parameters = count_params(loaded.config, mesh)
+    say(f"loaded {loaded.config.family} with {num_parameters:,} parameters in {loaded_at - began:.1f} s; "
         f"attention: {model.implementation} on {jax.devices()[0].device_kind}")
     max_model_len = choose_max_model_len(options, loaded.config.max_position_embeddings)
     with compile_cache.open_cache(options.compile_cache) as cache:
@@ -90,7 +93,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
                     seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
     info = ModelInfo(
         name=options.model, family=loaded.config.family, vocab_size=model.vocab_size, max_model_len=max_model_len,
-        dtype=jnp.dtype(dtype).name, num_parameters=count_params(loaded.params),
+        dtype=jnp.dtype(dtype).name, num_parameters=num_parameters,
         eos_token_ids=intake.limits.eos_token_ids, has_tokenizer=tokenizer is not None,
         has_chat_template=template is not None)
     core = Core(info, intake, tokenizer, EngineThread(engine, options.max_waiting))
@@ -188,6 +191,7 @@ def warm_up(executor: Executor, show_progress: bool) -> int:
         return executor.warm_up(workers=min(8, os.cpu_count() or 1), progress=progress)
 
 
-def count_params(params: Any) -> int:
-    """Parameters of the tree as placed (repeated kv heads count)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def count_params(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> int:
+    """Parameters of the model as placed (repeated kv heads count, the scales of quantised weights do not)."""
+    specs = param_specs(config, tensor_parallel=sharding.tensor_parallel_size(mesh))
+    return sum(math.prod(spec.shape) for _, spec in flatten_specs(specs))
