@@ -1,7 +1,8 @@
 """Choosing an implementation of an operation: explicit, ordered and loud.
 
 An operation has an ordered tuple of implementations. Each says, for a description of the call (the operation's frozen
-`spec`), every reason why it cannot serve it. Nothing is cached or global: the same spec gives the same choice.
+`spec`), every reason why it cannot serve it, and every reason why another one is the better default although it can.
+Nothing is cached or global: the same spec gives the same choice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,20 @@ class Candidate(Protocol):
         """Every reason why a call described by the operation's spec cannot be served; empty when it can."""
         ...
 
+    @property
+    def yielding_reasons(self) -> Callable[[Any], list[str]]:
+        """Why, although it can serve such a call, the next one that can is the default; empty when it is not so."""
+        ...
+
+
+def no_reasons(spec: Any) -> list[str]:
+    """For implementations that never yield."""
+    return []
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of `explain`: an implementation, whether it is the choice, and why not if it cannot serve."""
+    """One line of `explain`: an implementation, whether it is the choice, and why not if it cannot serve or yields."""
 
     implementation: str
     chosen: bool
@@ -50,13 +61,14 @@ class Unsupported(Exception):
 def choose[Implementation: Candidate](
     operation: str, candidates: Sequence[Implementation], spec: Any, implementation: str | None = None
 ) -> Implementation:
-    """The named implementation, or the first automatic one that supports `spec`.
+    """The named implementation, or the first automatic one that supports `spec` and does not yield.
 
     Raises:
       ValueError: `implementation` is no candidate's name.
-      Unsupported: the named one, or every automatic one, has reasons against the call.
+      Unsupported: the named one cannot serve the call, or every automatic one cannot or yields.
     """
-    if implementation is not None:
+    named = implementation is not None
+    if named:
         by_name = {candidate.name: candidate for candidate in candidates}
         if implementation not in by_name:
             raise ValueError(f"{operation}: implementation {implementation!r} is not one of {sorted(by_name)}")
@@ -65,17 +77,21 @@ def choose[Implementation: Candidate](
         considered = [candidate for candidate in candidates if candidate.automatic]
     reasons = {}
     for candidate in considered:
-        reasons[candidate.name] = candidate.unsupported_reasons(spec)
+        reasons[candidate.name] = candidate.unsupported_reasons(spec) or reasons_to_yield(candidate, spec, named)
         if not reasons[candidate.name]:
             return candidate
     raise Unsupported(operation, reasons)
+
+
+def reasons_to_yield(candidate: Candidate, spec: Any, named: bool) -> list[str]:
+    return [] if named else [f"only by name here: {why}" for why in candidate.yielding_reasons(spec)]
 
 
 def explain(candidates: Sequence[Candidate], spec: Any) -> tuple[Verdict, ...]:
     """What `choose(..., implementation=None)` would do with `spec` and why, one line an implementation."""
     verdicts: list[Verdict] = []
     for candidate in candidates:
-        reasons = tuple(candidate.unsupported_reasons(spec))
+        reasons = tuple(candidate.unsupported_reasons(spec) or reasons_to_yield(candidate, spec, named=False))
         chosen = candidate.automatic and not reasons and not any(verdict.chosen for verdict in verdicts)
         verdicts.append(Verdict(candidate.name, chosen, reasons or (() if candidate.automatic else ("only by name",))))
     return tuple(verdicts)

@@ -8,7 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Int8MatmulCase:
-    """x [*leading, D] times values i8[F, D]; `zero_rows` leading rows of x are zero, and so is the first channel."""
+    """x [*leading, D] times values i8[F, D]; `zero_rows` leading rows of x are zero, and so is the first channel.
+
+    num_layers: the weight is one, the last but one, of a stack of as many.
+    """
 
     name: str
     leading: tuple[int, ...]
@@ -18,18 +21,27 @@ class Int8MatmulCase:
     out_dtype: str | None = None
     zero_rows: int = 0
     scale_has_axis: bool = True
+    num_layers: int | None = None
 
 
 def make_inputs(case: Int8MatmulCase, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, values i8[F, D], scale f32[F, 1] or f32[F]): normal activations with a few large channels, as models have."""
+    """(x, values i8[F, D], scale f32[F, 1] or f32[F]), with a stack i8[L, F, D] and f32[L, F, 1].
+
+    Normal activations with a few large channels, as models have.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(*case.leading, case.in_features))
     x[..., :: max(1, case.in_features // 4)] *= 8
     x.reshape(-1, case.in_features)[: case.zero_rows] = 0
-    values = rng.integers(-127, 128, size=(case.out_features, case.in_features), dtype=np.int8)
-    values[0] = 0
-    scale = rng.uniform(0.001, 0.01, size=(case.out_features, 1)).astype(np.float32)
-    return x.astype(jnp.dtype(case.dtype)), values, scale if case.scale_has_axis else scale[:, 0]
+    stack = () if case.num_layers is None else (case.num_layers,)
+    values = rng.integers(-127, 128, size=(*stack, case.out_features, case.in_features), dtype=np.int8)
+    values[..., 0, :] = 0
+    scale = rng.uniform(0.001, 0.01, size=(*stack, case.out_features, 1)).astype(np.float32)
+    return x.astype(jnp.dtype(case.dtype)), values, scale if case.scale_has_axis else scale[..., 0]
+
+
+def layer_of(case: Int8MatmulCase) -> int | None:
+    return None if case.num_layers is None else max(0, case.num_layers - 2)
 
 
 CASES: tuple[Int8MatmulCase, ...] = (
@@ -44,4 +56,13 @@ CASES: tuple[Int8MatmulCase, ...] = (
     Int8MatmulCase("odd_sizes", (7,), 129, 31, dtype="bfloat16"),
     Int8MatmulCase("long_contraction", (4,), 4096, 64, dtype="bfloat16"),
     Int8MatmulCase("no_rows", (0,), 64, 48),
+    Int8MatmulCase("stack_of_layers", (4,), 64, 48, dtype="bfloat16", num_layers=3),
+    Int8MatmulCase("stack_of_eleven", (2,), 64, 48, dtype="bfloat16", num_layers=11, scale_has_axis=False),
+    # Row counts of decode and of short prefills; sizes that fill whole blocks, and some that fill none.
+    Int8MatmulCase("kernel_one_row", (1,), 512, 384, dtype="bfloat16"),
+    Int8MatmulCase("kernel_3_rows_odd_features", (3,), 384, 200, dtype="bfloat16"),
+    Int8MatmulCase("kernel_8_rows", (8,), 256, 512, dtype="bfloat16", zero_rows=1),
+    Int8MatmulCase("kernel_17_rows_odd_sizes", (17,), 320, 264, dtype="bfloat16"),
+    Int8MatmulCase("kernel_64_rows", (64,), 1152, 256, dtype="bfloat16", out_dtype="float32"),
+    Int8MatmulCase("kernel_200_rows", (200,), 256, 272, dtype="bfloat16", num_layers=2),
 )

@@ -3,20 +3,29 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.int8_matmul.contract import Int8MatmulImplementation, common_reasons
+from pallas_kernels.int8_matmul.contract import SMALLEST_MAXIMUM, Int8MatmulImplementation, common_reasons
 
 LAST_WITH_LAST = (((1,), (1,)), ((), ()))
 # The remainder of rounding is at most 1/2: times 254 it fills an int8 again.
 DIGIT_BASE = 254.0
 
 
-def matmul(x: Array, values: Array, scale: Array, *, quantize_activations: bool, out_dtype) -> Array:
-    """See `api.int8_matmul`; x is [T, D] and scale f32[F] here."""
+def matmul(
+    x: Array, values: Array, scale: Array, layer: Array, *, quantize_activations: bool, out_dtype, interpret=False
+) -> Array:
+    """See `contract.Int8MatmulImplementation`. The layer's slice fuses into the matmul where its index is static, and
+    on TPUs also where it is traced; a traced one on a GPU copies the layer's weight.
+    """
+    values, scale = one_layer(values, layer), one_layer(scale, layer)
     if quantize_activations:
         result = lax.platform_dependent(x, values, cpu=quantized_two_rows, default=quantized)
     else:
         result = lax.platform_dependent(x, values, cpu=weight_only_in_digits, default=weight_only)
     return (result * scale).astype(out_dtype)
+
+
+def one_layer(stack: Array, layer: Array) -> Array:
+    return stack[0] if stack.shape[0] == 1 else lax.dynamic_index_in_dim(stack, layer[0], keepdims=False)
 
 
 def quantized(x: Array, values: Array) -> Array:
@@ -43,7 +52,7 @@ def weight_only_in_digits(x: Array, values: Array) -> Array:
     """
     num_rows = x.shape[0]
     first, x_scale = quantize_rows(x)
-    rest = x.astype(jnp.float32) / jnp.where(x_scale > 0, x_scale, 1)
+    rest = x.astype(jnp.float32) / x_scale
     digits, digit = [], first.astype(jnp.float32)
     for _ in range(3 if x.dtype == jnp.float32 else 2):
         digits.append(digit)
@@ -62,10 +71,10 @@ def integer_products(integers: Array, values: Array) -> Array:
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """(i8[T, D], f32[T, 1]): symmetric, a scale a row; an all-zero row gets scale 0 and quotients 0."""
+    """(i8[T, D], f32[T, 1]): symmetric, a scale a row; an all-zero row gets quotients of 0."""
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1, keepdims=True) / 127
-    return jnp.rint(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+    largest = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), SMALLEST_MAXIMUM)
+    return jnp.rint(x * (127 / largest)).astype(jnp.int8), largest * (1 / 127)
 
 
 IMPLEMENTATION = Int8MatmulImplementation("xla", True, common_reasons, matmul)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import Device, current_device
+from pallas_kernels.dispatch import Device, current_device, no_reasons
 
 type Array = jax.Array | np.ndarray
 
@@ -86,6 +86,7 @@ class AttentionImplementation:
     page_size_axis: int
     pages_to_dense: Callable[..., tuple[Array, Array]]
     dense_to_pages: Callable[..., Array]
+    yielding_reasons: Callable[[AttentionSpec], list[str]] = no_reasons
 
 
 def common_reasons(spec: AttentionSpec) -> list[str]:

@@ -1,0 +1,209 @@
+"""The int8 matmul as a Mosaic TPU kernel.
+
+The grid walks blocks of output features; a block of weights is all of D wide, so that a product is one sum, never
+carried from step to step. The rows of x stay in VMEM, and where activations are quantised they are so once, at the
+first block of features, into a scratch that all others reuse. Weights stream through the pipeline's two buffers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import current_device
+from pallas_kernels.int8_matmul.contract import (
+    SMALLEST_MAXIMUM,
+    Int8MatmulImplementation,
+    Int8MatmulSpec,
+    common_reasons,
+)
+
+LAST_WITH_LAST = (((1,), (1,)), ((), ()))
+LANES = 128
+# int8 tiles are 32 rows high: quantising in groups of 32 rows stores whole tiles, and a group in float32 fits the 64
+# vector registers; the whole block in one expression spills in most bundles.
+QUANTIZED_ROWS = 32
+# Of the smallest VMEM of the served chips (64 MiB, TPU7x); what is left is the compiler's own for sums and spills.
+BLOCKS_BYTES = 40 * 2**20
+VMEM_BYTES = 56 * 2**20
+# One device of these kinds is two cores, each of which runs its share of a parallel grid axis.
+TWO_CORES = ("TPU v5", "TPU v5p")
+INT8_MATRIX_UNIT = ("TPU v5 lite", "TPU v5e", *TWO_CORES, "TPU v6 lite", "TPU v6e")
+KINDS = (*INT8_MATRIX_UNIT, "TPU7x", "TPU7")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """rows: most rows of x a block. weight_bytes: of a block of weights; it is at least 128 output features."""
+
+    rows: int = 512
+    weight_bytes: int = 2**19
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a call uses: rows and output features a block, cores that share the features."""
+
+    rows: int
+    out_features: int
+    cores: int
+
+
+def matmul(
+    x: Array, values: Array, scale: Array, layer: Array, *, quantize_activations: bool, out_dtype: Any, interpret: Any
+) -> Array:
+    """See `contract.Int8MatmulImplementation`."""
+    (num_rows, in_features), (num_layers, out_features, _) = x.shape, values.shape
+    width = round_up(in_features, LANES)
+    # Zeros meet whatever the weight block holds behind its last feature: integers, so that the products are zero.
+    x = jnp.pad(x, ((0, 0), (0, width - in_features))) if width > in_features else x
+    tiling = choose_tiling(num_rows, width, out_features, x.dtype.itemsize, Blocks())
+    num_row_blocks, num_blocks = pl.cdiv(num_rows, tiling.rows), pl.cdiv(out_features, tiling.out_features)
+    blocks_a_core = num_blocks // tiling.cores
+
+    def feature_block(core, j):
+        return core * blocks_a_core + j
+
+    kernel = quantized_kernel if quantize_activations else weight_only_kernel
+    scratch = [pltpu.VMEM((tiling.rows, width), jnp.int8), pltpu.VMEM((tiling.rows, 1), jnp.float32)]
+    # A scale's layer is found in a tile of 8 layers: a block of one row would need another tiling, a copy of them all.
+    scale_layers = min(num_layers, 8)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((num_rows, out_features), out_dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.cores, num_row_blocks, blocks_a_core),
+            in_specs=[
+                pl.BlockSpec((tiling.rows, width), lambda core, i, j, layer: (i, 0)),
+                pl.BlockSpec(
+                    (None, tiling.out_features, width), lambda core, i, j, layer: (layer[0], feature_block(core, j), 0)
+                ),
+                pl.BlockSpec(
+                    (scale_layers, tiling.out_features),
+                    lambda core, i, j, layer: (layer[0] // 8, feature_block(core, j)),
+                ),
+            ],
+            out_specs=pl.BlockSpec(
+                (tiling.rows, tiling.out_features), lambda core, i, j, layer: (i, feature_block(core, j))
+            ),
+            scratch_shapes=scratch if quantize_activations else [],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="int8_matmul" if quantize_activations else "int8_weight_matmul",
+    )(layer, x, values, scale)
+
+
+def weight_only_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref):
+    sums = lax.dot_general(x_ref[...], values_ref[...].astype(x_ref.dtype), LAST_WITH_LAST,
+                           preferred_element_type=jnp.float32)  # fmt: skip
+    out_ref[...] = (sums * scale_of_layer(layer_ref, scale_ref)).astype(out_ref.dtype)
+
+
+def quantized_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized_ref, x_scale_ref):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        group = min(QUANTIZED_ROWS, x_ref.shape[0])
+
+        @pl.loop(0, x_ref.shape[0] // group)
+        def _(i):
+            quantize_rows(x_ref, quantized_ref, x_scale_ref, pl.ds(pl.multiple_of(i * group, group), group))
+
+    sums = lax.dot_general(quantized_ref[...], values_ref[...], LAST_WITH_LAST, preferred_element_type=jnp.int32)
+    scaled = sums.astype(jnp.float32) * x_scale_ref[...] * scale_of_layer(layer_ref, scale_ref)
+    out_ref[...] = scaled.astype(out_ref.dtype)
+
+
+def quantize_rows(x_ref, quantized_ref, x_scale_ref, rows: Any) -> None:
+    """Two passes over slices of D, so that no more than a slice of the rows is in registers."""
+    width = x_ref.shape[1]
+    step = next(lanes for lanes in (1024, 512, 256, LANES) if width % lanes == 0)
+
+    def lanes(k):
+        return pl.ds(pl.multiple_of(k * step, LANES), step)
+
+    def largest_of(k, largest):
+        magnitude = jnp.abs(x_ref[rows, lanes(k)].astype(jnp.float32))
+        for start in range(0, step, LANES):
+            largest = jnp.maximum(largest, magnitude[:, start : start + LANES])
+        return largest
+
+    def store(k, carry):
+        quotients = x_ref[rows, lanes(k)].astype(jnp.float32) * factor
+        # By way of int32 the compiler rounds in one addition; straight to int8 it would saturate first.
+        quantized_ref[rows, lanes(k)] = jnp.rint(quotients).astype(jnp.int32).astype(jnp.int8)
+        return carry
+
+    steps = width // step
+    unroll = next(times for times in (4, 2, 1) if steps % times == 0)
+    by_lane = lax.fori_loop(0, steps, largest_of, jnp.zeros((rows.size, LANES), jnp.float32), unroll=unroll)
+    largest = jnp.maximum(by_lane.max(axis=1, keepdims=True), SMALLEST_MAXIMUM)
+    factor = 127 / largest
+    x_scale_ref[rows, :] = largest * (1 / 127)
+    lax.fori_loop(0, steps, store, None, unroll=unroll)
+
+
+def scale_of_layer(layer_ref, scale_ref) -> Array:
+    """f32[1, F block] of the layer, out of the tile of layers that holds it."""
+    return scale_ref[pl.ds(layer_ref[0] % 8, 1), :]
+
+
+def choose_tiling(num_rows: int, width: int, out_features: int, itemsize: int, blocks: Blocks) -> Tiling:
+    """Blocks that fit VMEM. Rows are spread evenly over as few blocks as `blocks.rows` allows: a block that is mostly
+    padding costs as much as a full one.
+    """
+    features = min(max(LANES, blocks.weight_bytes // width // LANES * LANES), round_up(out_features, LANES))
+    most = blocks.rows
+    while most > 8 and vmem_bytes(most, features, width, itemsize) > BLOCKS_BYTES:
+        most //= 2
+    rows = pl.cdiv(num_rows, pl.cdiv(num_rows, most))
+    rows = round_up(rows, QUANTIZED_ROWS) if rows > 16 else round_up(rows, 8)
+    cores = 2 if current_device().kind in TWO_CORES and pl.cdiv(out_features, features) % 2 == 0 else 1
+    return Tiling(rows, features, cores)
+
+
+def vmem_bytes(rows: int, features: int, width: int, itemsize: int) -> int:
+    """Two buffers of x, weights and a float32 result, the quantised x, and one block of sums."""
+    return rows * width * (2 * itemsize + 1) + 2 * features * width + rows * features * 12
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def unsupported_reasons(spec: Int8MatmulSpec) -> list[str]:
+    reasons = common_reasons(spec)
+    device = spec.device
+    if not spec.interpret and device.platform != "tpu":
+        reasons.append(f"runs on TPUs, this is {device.platform}")
+    elif not spec.interpret and device.kind not in KINDS:
+        reasons.append(f"compiled for {', '.join(KINDS)} only, this is {device.kind}")
+    served = ("bfloat16", "float32") if spec.quantize_activations else ("bfloat16",)
+    if jnp.dtype(spec.dtype).name not in served:
+        reasons.append(f"x has dtype {jnp.dtype(spec.dtype).name}, served are {' and '.join(served)} in this form")
+    needed = vmem_bytes(8, LANES, round_up(spec.in_features, LANES), jnp.dtype(spec.dtype).itemsize)
+    if needed > BLOCKS_BYTES:
+        reasons.append(f"blocks of 8 rows and {LANES} features of D {spec.in_features} are {needed} bytes, "
+                       f"more than {BLOCKS_BYTES} of VMEM")  # fmt: skip
+    return reasons
+
+
+def yielding_reasons(spec: Int8MatmulSpec) -> list[str]:
+    reasons = []
+    if not spec.quantize_activations:
+        reasons.append("XLA fuses the conversion of the weights into its own matmul")
+    if spec.device.kind not in INT8_MATRIX_UNIT:
+        reasons.append(f"the matrix unit of {spec.device.kind} multiplies no int8")
+    if not spec.stacked:
+        reasons.append("a slice of scanned weights would be copied: pass the stack and `layer`")
+    return reasons
+
+
+IMPLEMENTATION = Int8MatmulImplementation("tpu", True, unsupported_reasons, matmul, yielding_reasons)
