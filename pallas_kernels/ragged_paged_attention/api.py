@@ -11,13 +11,17 @@ from functools import partial
 from typing import Any
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.contract import Array, AttentionImplementation, AttentionSpec
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 OPERATION = "ragged_paged_attention"
 # First supported wins; the reference serves only callers who name it.
-IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = (xla.IMPLEMENTATION, reference.IMPLEMENTATION)
+IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = (
+    tpu.IMPLEMENTATION,
+    xla.IMPLEMENTATION,
+    reference.IMPLEMENTATION,
+)
 
 
 def resolve(spec: AttentionSpec, implementation: str | None = None) -> str:

@@ -31,7 +31,9 @@ BY_NAME = {case.name: case for case in CASES}
 def test_the_default_is_xla_and_the_reference_only_by_name():
     assert resolve(SPEC) == "xla"
     assert resolve(SPEC, "reference") == "reference"
-    assert [(v.implementation, v.chosen, v.reasons) for v in explain(SPEC)] == [
+    tpu, *others = explain(SPEC)
+    assert tpu.implementation == "tpu" and tpu.reasons[0] == "runs on TPUs, this is cpu"
+    assert [(v.implementation, v.chosen, v.reasons) for v in others] == [
         ("xla", True, ()),
         ("reference", False, ("only by name",)),
     ]
@@ -80,7 +82,7 @@ def test_a_schedule_made_outside_gives_the_same_bytes(name: str):
     assert_right(case, inputs, np.asarray(outputs), np.asarray(pages))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "tpu"))
 def test_dense_and_pages_are_inverse(implementation: str):
     shape = kv_pages_shape(2, 6, 4, 3, 16, jnp.bfloat16, implementation=implementation)
     assert shape[:2] == (2, 6) and shape[kv_head_axis(implementation)] == 3

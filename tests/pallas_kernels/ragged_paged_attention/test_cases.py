@@ -2,11 +2,14 @@
 
 import pytest
 
+from pallas_kernels import Unsupported
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention.cases import CASES, AttentionCase, make_inputs
-from tests.pallas_kernels.ragged_paged_attention.support import assert_right, run
+from tests.pallas_kernels.interpreters import DMA_MODES, DmaMode, tpu_interpreter_without_races
+from tests.pallas_kernels.ragged_paged_attention.support import assert_right, is_kernel_shape, run
 
-IMPLEMENTATIONS = ("reference", "xla")  # "tpu" and "gpu" join here
+IMPLEMENTATIONS = ("reference", "xla")  # everywhere; "gpu" joins below
+SERVED_BY_TPU = [case for case in CASES if is_kernel_shape(case) and case.max_q_len == 1]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -16,5 +19,20 @@ def test_case(case: AttentionCase, implementation: str):
     assert_right(case, inputs, *run(case, inputs, implementation))
 
 
+@pytest.mark.parametrize("dma_mode", DMA_MODES)
+@pytest.mark.parametrize("case", SERVED_BY_TPU, ids=lambda case: case.name)
+def test_case_on_tpu(case: AttentionCase, dma_mode: DmaMode):
+    inputs = make_inputs(case)
+    with tpu_interpreter_without_races(dma_mode) as interpret:
+        assert_right(case, inputs, *run(case, inputs, "tpu", interpret))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SERVED_BY_TPU], ids=lambda case: case.name)
+def test_what_tpu_does_not_serve_is_refused(case: AttentionCase):
+    inputs = make_inputs(case)
+    with tpu_interpreter_without_races() as interpret, pytest.raises(Unsupported):
+        run(case, inputs, "tpu", interpret)
+
+
 def test_every_implementation_is_in_the_suite():
-    assert {candidate.name for candidate in api.IMPLEMENTATIONS} == set(IMPLEMENTATIONS)
+    assert {candidate.name for candidate in api.IMPLEMENTATIONS} == {*IMPLEMENTATIONS, "tpu"}
