@@ -85,9 +85,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A compiled kernel. capacity: how many instructions a bundle can hold, by slot; utilization: of each bundle."""
+    """A compiled kernel. capacity: how many instructions a bundle can hold, by slot; utilization: of each bundle, and
+    texts: as written, comments included.
+    """
 
     kernel: str
+    texts: tuple[str, ...]
     capacity: dict[str, int]
     utilization: tuple[dict[str, int], ...]
     branches: tuple[Branch, ...]
@@ -143,12 +146,15 @@ def parse(kernel: str, bundles_text: str, utilization_text: str, delay_slots: in
     if len(texts) != len(utilization):
         raise UnknownFormat(f"{kernel}: {len(texts)} bundles, but utilisation of {len(utilization)}")
     branches = find_branches(texts)
-    return Schedule(kernel, capacity, utilization, branches, nest(branches, utilization, delay_slots), delay_slots)
+    root = nest(branches, utilization, delay_slots)
+    return Schedule(kernel, tuple(texts), capacity, utilization, branches, root, delay_slots)
 
 
 def bundle_texts(text: str) -> list[str]:
     """The text of each bundle, from its brace to the next bundle; comments may span lines."""
     found = list(BUNDLE.finditer(text))
+    if not found:
+        raise UnknownFormat("no bundles")
     for index, match in enumerate(found):
         if int(match[1], 16) != index:
             raise UnknownFormat(f"bundle {match[1]} where {index:x} was expected")

@@ -8,7 +8,7 @@ from pallas_kernels.aot import toolchain, tpu_schedule
 from pallas_kernels.aot.tpu_schedule import FILL, MATRIX, SPILL, STORE, UnknownFormat
 
 DUMPS = Path(__file__).parent / "dumps"
-CHIPS = ("v5e", "v5p", "tpu7x")
+CHIPS = ("v5e", "v6e", "v5p", "tpu7x")
 NAMES = "MXU, XLU, VALU, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
 CAPACITY = "4 3 4 3 3 1 1 2"
 
