@@ -1,0 +1,417 @@
+"""The TPU kernel that attends with the rows of more than one query; their keys and values are in the pages already.
+
+An item of work is a tile of packed tokens of one row (or a whole row of a few queries) with all heads. Its context
+comes page by page into one of two buffers while the other is multiplied, across items too. Blocks that all queries see
+are multiplied without masks; where the diagonal, the window's lower edge or the row's end crosses, smaller masked ones.
+
+The queries of all heads of a kv head are the rows of one operand. Scores are kept in units of log2(e) (exp2 is what the
+hardware has), the factor, the scale of keys and the inverse soft cap multiplied into the queries beforehand.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import ITEM_FIELDS, LANES, QUERY_ROWS, PrefillBlocks
+
+LOG2_E = float(np.log2(np.e))
+# Score of what must not be seen: finite, so that a row of which a block is all hidden has no NaN; what it adds is
+# multiplied by exp2(LOWEST - score) = 0 when the first real score comes.
+LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static facts of the kernel.
+
+    Fields:
+      by_row: items are whole rows, not tiles of packed tokens.
+      group: G.
+      rows: of an operand, G times the queries of an item (where items are rows, padded to whole packed tiles).
+      period: a power of two; row m of an operand belongs to the item's query m % period.
+      page_size, num_kinds: C, S.
+      compute_dtype: of operands of the matrix unit.
+    """
+
+    blocks: PrefillBlocks
+    by_row: bool
+    group: int
+    rows: int
+    period: int
+    page_size: int
+    num_kinds: int
+    num_kv_heads: int
+    compute_dtype: Any
+    soft_cap: float | None
+    sinks: bool
+    windowed: bool
+
+    @property
+    def block_pages(self) -> int:
+        return self.blocks.fetch // self.page_size
+
+
+class Refs(NamedTuple):
+    """In scalar memory: items, scalars i32[3] (layer, window, count), v_scale f32[K], sinks f32[N], page_ids
+    i32[2, 1, M']. In HBM: queries and outputs [K, G, T', W] (tiles) or [R, K, rows, W] (rows), page_table
+    i32[R, 1, M'], kv_pages. In VMEM: q_buf, o_buf [2, K, rows, W], kv_buf [2, pages, S, K, C, W], and of each head, in
+    f32, the running maximum and the sums by lane [K, rows, LANES] and the accumulator [K, rows, W].
+    """
+
+    items: Any
+    scalars: Any
+    v_scale: Any
+    sinks: Any
+    queries: Any
+    page_table: Any
+    kv_pages: Any
+    outputs: Any
+    q_buf: Any
+    o_buf: Any
+    kv_buf: Any
+    page_ids: Any
+    maximum: Any
+    total: Any
+    accumulator: Any
+    q_sems: Any
+    o_sems: Any
+    old_sem: Any
+    kv_sems: Any
+    id_sems: Any
+
+
+class Item(NamedTuple):
+    """One of `PrefillSchedule.items`, and what follows: the first and end block of its context."""
+
+    row: Any
+    start: Any
+    low: Any
+    high: Any
+    position: Any
+    first: Any
+    end: Any
+
+    @property
+    def kv_end(self):
+        return self.position + self.high
+
+
+def item(geo: Geometry, refs: Refs, index) -> Item:
+    row, start, low, high, position = [refs.items[index * ITEM_FIELDS + i] for i in range(ITEM_FIELDS)]
+    fetch = geo.blocks.fetch
+    first = lax.div(lowest_seen(geo, refs, position + low), fetch)
+    return Item(row, start, low, high, position, first, lax.div(position + high + fetch - 1, fetch))
+
+
+def lowest_seen(geo: Geometry, refs: Refs, position):
+    """The first position that a query at `position` sees."""
+    if not geo.windowed:
+        return jnp.int32(0)
+    window = refs.scalars[1]
+    return jnp.where(window > 0, jnp.maximum(position - window + 1, 0), 0)
+
+
+# Copies
+
+
+def id_copy(refs: Refs, it: Item, index):
+    slot = lax.rem(index, 2)
+    return pltpu.make_async_copy(refs.page_table.at[it.row], refs.page_ids.at[slot], refs.id_sems.at[slot])
+
+
+def tile_copies(geo: Geometry, hbm, buf, it: Item, sem, outward: bool) -> list:
+    """Of an item's queries or outputs, between `hbm` and `buf` [K, rows, W]."""
+    if geo.by_row:
+        pairs = [(hbm.at[it.start], buf)]
+    else:
+        start, size = pl.multiple_of(it.start, QUERY_ROWS), geo.blocks.queries
+        pairs = [(hbm.at[:, g, pl.ds(start, size), :], buf.at[:, pl.ds(g * size, size), :]) for g in range(geo.group)]
+    ways = [(inside, outside) if outward else (outside, inside) for outside, inside in pairs]
+    return [pltpu.make_async_copy(source, target, sem) for source, target in ways]
+
+
+def query_copies(geo: Geometry, refs: Refs, it: Item, index) -> list:
+    slot = lax.rem(index, 2)
+    return tile_copies(geo, refs.queries, refs.q_buf.at[slot], it, refs.q_sems.at[slot], outward=False)
+
+
+def output_copies(geo: Geometry, refs: Refs, it: Item, index) -> list:
+    slot = lax.rem(index, 2)
+    return tile_copies(geo, refs.outputs, refs.o_buf.at[slot], it, refs.o_sems.at[slot], outward=True)
+
+
+def old_output_copies(geo: Geometry, refs: Refs, it: Item, index) -> list:
+    return tile_copies(geo, refs.outputs, refs.o_buf.at[lax.rem(index, 2)], it, refs.old_sem, outward=False)
+
+
+def is_shared(geo: Geometry, it: Item):
+    """Whether an item's tile of outputs holds tokens that are not its own."""
+    return False if geo.by_row else (it.low > 0) | (it.high < geo.blocks.queries)
+
+
+def pages_in(geo: Geometry, it: Item, block):
+    left = lax.div(it.kv_end + geo.page_size - 1, geo.page_size) - block * geo.block_pages
+    return jnp.minimum(left, geo.block_pages)
+
+
+def start_pages(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> None:
+    """Starts the copies of a block's pages; those beyond the item's last position are left out."""
+
+    def start(i, _=None):
+        page = refs.page_ids[lax.rem(index, 2), 0, block * geo.block_pages + i]
+        source = refs.kv_pages.at[refs.scalars[0], page]
+        pltpu.make_async_copy(source, refs.kv_buf.at[slot, i], refs.kv_sems.at[slot]).start()
+
+    count = pages_in(geo, it, block)
+
+    @pl.when(count == geo.block_pages)
+    def _():
+        for i in range(geo.block_pages):
+            start(i)
+
+    pl.when(count < geo.block_pages)(lambda: lax.fori_loop(0, count, start, None))
+
+
+def wait_pages(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
+    """One wait for all of a block's copies: a semaphore counts bytes."""
+    arrived = refs.kv_buf.at[slot, pl.ds(0, pages_in(geo, it, block))]
+    pltpu.make_async_copy(arrived, arrived, refs.kv_sems.at[slot]).wait()
+
+
+# Arithmetic
+
+
+def keys_values(geo: Geometry, refs: Refs, slot, head, first_page, num_pages: int) -> tuple[jax.Array, jax.Array]:
+    """[S, W] each of a head, in the compute dtype; the same array where they lie side by side."""
+    rows = num_pages * geo.page_size
+    both = [
+        refs.kv_buf[slot, pl.ds(first_page, num_pages), kind, head].astype(geo.compute_dtype).reshape(rows, -1)
+        for kind in range(geo.num_kinds)
+    ]
+    return both[0], both[-1]
+
+
+def scores(geo: Geometry, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """f32[rows, S] in units of log2(e)."""
+    precision = lax.Precision.HIGHEST if geo.compute_dtype == jnp.float32 else None
+    raw = lax.dot_general(
+        queries, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    return raw if geo.soft_cap is None else jnp.tanh(raw) * (geo.soft_cap * LOG2_E)
+
+
+def visible(geo: Geometry, refs: Refs, it: Item, kv_start, row: int, num_rows: int, num_kv: int) -> jax.Array:
+    """bool[num_rows, num_kv]: what rows `row ..` of an operand see of the positions from `kv_start` on."""
+    query = (lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 0) + row) & (geo.period - 1)
+    ahead = lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 1) - query
+    offset = it.position - kv_start
+    if not geo.windowed:
+        return ahead <= offset
+    window = refs.scalars[1]
+    reach = jnp.where(window > 0, window, jnp.int32(2**30))
+    return (ahead <= offset) & (ahead > offset - reach)
+
+
+def accumulate(geo: Geometry, refs: Refs, head, rows, s: jax.Array, values: jax.Array) -> None:
+    """One step of softmax over blocks for `rows` of a head: s f32[rows, S], values [S, W]."""
+    num_lines = s.shape[1] // LANES
+    before = refs.maximum[head, rows]
+    top = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+    p = jnp.exp2(s - jnp.concatenate([top] * num_lines, axis=1))
+    decay = jnp.exp2(before - top)
+    lines = [p[:, i * LANES : (i + 1) * LANES] for i in range(num_lines)]
+    precision = lax.Precision.HIGHEST if geo.compute_dtype == jnp.float32 else None
+    product = jnp.dot(p.astype(geo.compute_dtype), values, precision=precision, preferred_element_type=jnp.float32)
+    refs.maximum[head, rows] = top
+    refs.total[head, rows] = refs.total[head, rows] * decay + sum(lines[1:], lines[0])
+    decays = jnp.concatenate([decay] * (values.shape[1] // LANES), axis=1)
+    refs.accumulator[head, rows] = refs.accumulator[head, rows] * decays + product
+
+
+def attend_block(geo: Geometry, refs: Refs, index, slot, first_page, num_pages: int, mask: Any) -> None:
+    """All heads against some pages of a buffer. mask: None, or (item, position of the first page)."""
+
+    def head(h, _):
+        keys, values = keys_values(geo, refs, slot, h, first_page, num_pages)
+        if mask is not None:
+            it, kv_start = mask
+            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) < it.kv_end - kv_start
+            values = jnp.where(held, values, jnp.zeros_like(values))
+        size = min(geo.blocks.rows, geo.rows)
+        for row in range(0, geo.rows, size):
+            rows = pl.ds(row, size)
+            s = scores(geo, refs.q_buf[lax.rem(index, 2), h, rows], keys)
+            if mask is not None:
+                s = jnp.where(visible(geo, refs, mask[0], mask[1], row, size, s.shape[1]), s, LOWEST)
+            accumulate(geo, refs, h, rows, s, values)
+
+    lax.fori_loop(0, geo.num_kv_heads, head, None)
+
+
+def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> None:
+    """All of a fetched block: without masks when all of it is seen by all of the item's queries."""
+    blocks, page = geo.blocks, geo.page_size
+    begin, end = block * blocks.fetch, (block + 1) * blocks.fetch
+    last_low = lowest_seen(geo, refs, it.kv_end - 1)
+    whole = (end <= it.position + it.low + 1) & (begin >= last_low)
+
+    @pl.when(whole)
+    def _():
+        for part in range(blocks.fetch // blocks.compute):
+            attend_block(geo, refs, index, slot, part * (blocks.compute // page), blocks.compute // page, None)
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        low = jnp.maximum(lowest_seen(geo, refs, it.position + it.low), begin) - begin
+        high = jnp.minimum(it.kv_end, end) - begin
+
+        def part(i, _):
+            pages = blocks.masked // page
+            attend_block(geo, refs, index, slot, i * pages, pages, (it, begin + i * blocks.masked))
+
+        lax.fori_loop(lax.div(low, blocks.masked), lax.div(high + blocks.masked - 1, blocks.masked), part, None)
+
+
+def clear(geo: Geometry, refs: Refs) -> None:
+    """The state before the first block; a sink is a score seen already, of no value."""
+
+    def head(h, _):
+        refs.accumulator[h] = jnp.zeros(refs.accumulator.shape[1:], jnp.float32)
+        if not geo.sinks:
+            refs.maximum[h] = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
+            refs.total[h] = jnp.zeros(refs.total.shape[1:], jnp.float32)
+            return
+        refs.total[h] = jnp.where(lax.broadcasted_iota(jnp.int32, refs.total.shape[1:], 1) == 0, 1.0, 0.0)
+        row = lax.broadcasted_iota(jnp.int32, refs.maximum.shape[1:], 0)
+        top = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
+        for g in range(geo.group):
+            top = jnp.where(row >= g * geo.period, refs.sinks[h * geo.group + g] * LOG2_E, top)
+        refs.maximum[h] = top
+
+    lax.fori_loop(0, geo.num_kv_heads, head, None)
+
+
+def finish(geo: Geometry, refs: Refs, it: Item, index) -> None:
+    """Writes the item's outputs to their buffer, among what tokens of others had where the tile has such."""
+    slot, dtype = lax.rem(index, 2), refs.o_buf.dtype
+    shared = is_shared(geo, it)
+
+    def head(h, merge: bool):
+        total = jnp.sum(refs.total[h], axis=1, keepdims=True)
+        new = (refs.accumulator[h] * (refs.v_scale[h] / total)).astype(dtype)
+        if merge:
+            query = lax.broadcasted_iota(jnp.int32, new.shape, 0) & (geo.period - 1)
+            new = jnp.where((query >= it.low) & (query < it.high), new, refs.o_buf[slot, h])
+        refs.o_buf[slot, h] = new
+
+    def heads(merge: bool):
+        lax.fori_loop(0, geo.num_kv_heads, lambda h, _: head(h, merge), None)
+
+    if geo.by_row:
+        heads(merge=False)
+        return
+
+    @pl.when(shared)
+    def _():
+        for copy in old_output_copies(geo, refs, it, index):
+            copy.wait()
+        heads(merge=True)
+
+    pl.when(jnp.logical_not(shared))(lambda: heads(merge=False))
+
+
+def prepare_outputs(geo: Geometry, refs: Refs, it: Item, index) -> None:
+    """Makes the output buffer free; where the tile has tokens of others, starts to bring what they hold."""
+
+    def wait(before) -> None:
+        for copy in output_copies(geo, refs, item(geo, refs, before), before):
+            copy.wait()
+
+    if geo.by_row:
+        pl.when(index >= 2)(lambda: wait(index - 2))
+        return
+    shared, shared_before = is_shared(geo, it), is_shared(geo, item(geo, refs, jnp.maximum(index - 1, 0)))
+    # A shared tile waits for all outputs before it: the neighbour's tokens are among them.
+    pl.when((index >= 2) & jnp.logical_not(shared_before))(lambda: wait(index - 2))
+    pl.when((index >= 1) & shared)(lambda: wait(index - 1))
+
+    @pl.when(shared)
+    def _():
+        for copy in old_output_copies(geo, refs, it, index):
+            copy.start()
+
+
+def attend_item(geo: Geometry, refs: Refs, index, count, done):
+    """One item; `done` blocks were attended before, which says which buffer is next."""
+    it = item(geo, refs, index)
+    following = item(geo, refs, jnp.minimum(index + 1, count - 1))
+    is_last = index + 1 == count
+
+    @pl.when(jnp.logical_not(is_last))
+    def _():
+        id_copy(refs, following, index + 1).start()
+        for copy in query_copies(geo, refs, following, index + 1):
+            copy.start()
+
+    prepare_outputs(geo, refs, it, index)
+    clear(geo, refs)
+    for copy in query_copies(geo, refs, it, index):
+        copy.wait()
+
+    def block(b, done):
+        slot = lax.rem(done, 2)
+        more = b + 1 < it.end
+        pl.when(more)(lambda: start_pages(geo, refs, it, index, b + 1, 1 - slot))
+
+        @pl.when(jnp.logical_not(more | is_last))
+        def _():
+            id_copy(refs, following, index + 1).wait()
+            start_pages(geo, refs, following, index + 1, following.first, 1 - slot)
+
+        wait_pages(geo, refs, it, b, slot)
+        attend_fetched(geo, refs, it, index, b, slot)
+        return done + 1
+
+    done = lax.fori_loop(it.first, it.end, block, done)
+    finish(geo, refs, it, index)
+    for copy in output_copies(geo, refs, it, index):
+        copy.start()
+    return done
+
+
+def kernel(geo: Geometry, *args) -> None:
+    # The outputs arrive twice: as operand and, aliased, as result; all reads and writes go through the result.
+    *inputs, _, outputs = args[:9]
+    refs = Refs._make([*inputs, outputs, *args[9:]])
+    count = refs.scalars[2]
+
+    @pl.when(count > 0)
+    def _():
+        start = jnp.int32(0)
+        first = item(geo, refs, start)
+        id_copy(refs, first, start).start()
+        for copy in query_copies(geo, refs, first, start):
+            copy.start()
+        id_copy(refs, first, start).wait()
+        start_pages(geo, refs, first, start, first.first, start)
+
+    lax.fori_loop(0, count, lambda index, done: attend_item(geo, refs, index, count, done), jnp.int32(0))
+    drain_outputs(geo, refs, count)
+
+
+def drain_outputs(geo: Geometry, refs: Refs, count) -> None:
+    def wait(index) -> None:
+        for copy in output_copies(geo, refs, item(geo, refs, index), index):
+            copy.wait()
+
+    last = jnp.maximum(count - 1, 0)
+    # A last item of a shared tile has waited for the one before it.
+    waited = is_shared(geo, item(geo, refs, last))
+    pl.when((count >= 2) & jnp.logical_not(waited))(lambda: wait(count - 2))
+    pl.when(count >= 1)(lambda: wait(count - 1))
