@@ -19,6 +19,7 @@ from pallas_kernels.ragged_paged_attention.contract import (
 )
 from pallas_kernels.ragged_paged_attention.page_dtypes import SCALED, to_page_dtype
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks, attend_decode
+from pallas_kernels.ragged_paged_attention.tpu_prefill import attend_many
 from pallas_kernels.ragged_paged_attention.tpu_schedule import Schedule, make_schedule
 
 KV_HEAD_AXIS = 3
@@ -57,8 +58,6 @@ def unsupported_reasons(spec: AttentionSpec) -> list[str]:
     if shape is not None and shape[2:] != wanted:
         layout = ", ".join(map(str, ("L", "P", *wanted)))
         reasons.append(f"kv_pages of shape {shape} do not have this implementation's layout [{layout}]")
-    if spec.max_q_len != 1:
-        reasons.append("only rows of one query so far: max_q_len must be 1")
     return reasons
 
 
@@ -105,11 +104,19 @@ def attend(
         schedule = make_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens=num_tokens, spec=spec)
     options = Options.make(scale, soft_cap, sinks, window, k_scale, v_scale)
     new_kv = join(to_page_dtype(keys, k_scale, kv_pages.dtype), to_page_dtype(values, v_scale, kv_pages.dtype))
-    return attend_decode(
-        queries, new_kv, kv_pages, jnp.asarray(layer, jnp.int32), schedule.decode, options,
-        blocks=blocks or decode_blocks(num_kv_heads, width, num_parts, kv_pages.dtype),
-        max_pages=page_indices.shape[1], num_cores=num_cores(spec.device), interpret=interpret,
-    )  # fmt: skip
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    outputs = jnp.zeros(queries.shape, queries.dtype)
+    if schedule.decode is not None:
+        outputs, kv_pages = attend_decode(
+            queries, new_kv, kv_pages, layer, schedule.decode, options,
+            blocks=blocks or decode_blocks(num_kv_heads, width, num_parts, kv_pages.dtype),
+            max_pages=page_indices.shape[1], num_cores=num_cores(spec.device), interpret=interpret,
+        )  # fmt: skip
+    if schedule.many is not None:
+        outputs, kv_pages = attend_many(
+            outputs, queries, new_kv, kv_pages, layer, schedule.many, options, interpret=interpret
+        )
+    return outputs, kv_pages
 
 
 def join(keys: Array, values: Array) -> Array:

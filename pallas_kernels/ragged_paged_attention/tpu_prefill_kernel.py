@@ -24,6 +24,8 @@ LOG2_E = float(np.log2(np.e))
 # Score of what must not be seen: finite, so that a row of which a block is all hidden has no NaN; what it adds is
 # multiplied by exp2(LOWEST - score) = 0 when the first real score comes.
 LOWEST = -1e30
+# Copies that are started between two tests of a loop.
+PAGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,13 @@ def start_pages(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> None
 
     count = pages_in(geo, it, block)
 
-    @pl.when(count == geo.block_pages)
-    def _():
-        for i in range(geo.block_pages):
-            start(i)
+    size = min(geo.block_pages, PAGES_AT_ONCE)
 
+    def starts(i, _):
+        for j in range(size):
+            start(i * size + j)
+
+    pl.when(count == geo.block_pages)(lambda: lax.fori_loop(0, geo.block_pages // size, starts, None))
     pl.when(count < geo.block_pages)(lambda: lax.fori_loop(0, count, start, None))
 
 

@@ -6,13 +6,13 @@ limited by scalar memory (1 MiB), which holds four numbers a row only.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import register_dataclass
 
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
+from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import PrefillSchedule, make_prefill_schedule
 
 # The smallest piece of a row of the table that a copy may move: a lane tile of 128 x i32.
 PAGES_A_CHUNK = 128
@@ -70,20 +70,25 @@ class DecodeRows:
 @register_dataclass
 @dataclass(frozen=True)
 class Schedule:
-    """`decode`: rows of one query; `many`: all others, None in a decode step."""
+    """`decode`: rows of one query, None where `max_q_len` is larger; `many`: all others, None in a decode step."""
 
-    decode: DecodeRows
-    many: Any
+    decode: DecodeRows | None
+    many: PrefillSchedule | None
 
 
 def make_schedule(kv_lens, page_indices, cu_q_lens, distribution, *, num_tokens: int, spec: AttentionSpec) -> Schedule:
     """See `api.make_schedule`."""
     kv_lens, page_indices, cu_q_lens = (jnp.asarray(x, jnp.int32) for x in (kv_lens, page_indices, cu_q_lens))
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    many = None
+    if spec.max_q_len != 1:
+        many = make_prefill_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens, spec)
+    if spec.max_q_len not in (1, None):
+        return Schedule(None, many)
     end = jnp.asarray(distribution)[2 if spec.max_q_len == 1 else 0]
     kv_lens = jnp.where(row < end, jnp.maximum(kv_lens, 0), 0)
     idle = idle_tokens(kv_lens, cu_q_lens, num_tokens) if spec.max_q_len == 1 else (jnp.int32(0),)
-    return Schedule(decode_rows(kv_lens, page_indices, cu_q_lens, idle, spec.page_size), None)
+    return Schedule(decode_rows(kv_lens, page_indices, cu_q_lens, idle, spec.page_size), many)
 
 
 def idle_tokens(kv_lens: Array, cu_q_lens: Array, num_tokens: int) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from tests.pallas_kernels.interpreters import DMA_MODES, DmaMode, tpu_interprete
 from tests.pallas_kernels.ragged_paged_attention.support import assert_right, is_kernel_shape, run
 
 IMPLEMENTATIONS = ("reference", "xla")  # everywhere; "gpu" joins below
-SERVED_BY_TPU = [case for case in CASES if is_kernel_shape(case) and case.max_q_len == 1]
+SERVED_BY_TPU = [case for case in CASES if is_kernel_shape(case)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -71,7 +71,7 @@ def test_tiles_that_share_packed_tokens_and_cross_blocks(mode: DmaMode, window: 
     assert_served(case, mode)
 
 
-@pytest.mark.parametrize("first", [0, 1, 15, 16, 17, 31])
+@pytest.mark.parametrize("first", [0, 15, 17])
 def test_new_tokens_cross_the_border_of_a_page(first: int):
     """Every alignment of old context and packed tokens to pages; the unwritten slots are NaN and stay so."""
     assert_served(replace(BASE, rows=((2, first + 2), (17, first + 17), (33, first + 33))))
@@ -88,7 +88,10 @@ def test_verification_of_up_to_fifteen_drafted_tokens(mode: DmaMode, max_q_len: 
     assert_served(replace(BASE, rows=rows, max_q_len=max_q_len), mode, blocks=None)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+row_lengths = st.tuples(st.integers(1, 20), st.one_of(st.just(-1), st.integers(0, 290)))
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(1, 20), st.one_of(st.just(-1), st.integers(0, 290))), min_size=1, max_size=4
