@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from pallas_kernels import Unsupported, int8_matmul, ragged_paged_attention
 from pallas_kernels.int8_matmul import cases as matmul_cases
-from pallas_kernels.int8_matmul import reference as matmul_reference
 from pallas_kernels.ragged_paged_attention import cases as attention_cases
 from pallas_kernels.ragged_paged_attention import reference as attention_reference
 from pallas_kernels.ragged_paged_attention.cases import AttentionCase
@@ -81,14 +80,15 @@ def matmul_check(job: tuple[matmul_cases.Int8MatmulCase, bool]) -> Check:
     case, quantize = job
     x, values, scale = matmul_cases.make_inputs(case)
     arguments = [jnp.asarray(argument) for argument in (x, values, scale)]
+    layer = matmul_cases.layer_of(case)
     multiply = jax.jit(lambda *a: int8_matmul.int8_matmul(
-        *a, quantize_activations=quantize, out_dtype=case.out_dtype, implementation="gpu"))  # fmt: skip
+        *a, layer=layer, quantize_activations=quantize, out_dtype=case.out_dtype, implementation="gpu"))  # fmt: skip
     compiled = multiply.lower(*arguments).compile()
 
     def check() -> str | None:
         flat = x.reshape(-1, x.shape[-1])
-        wanted = matmul_reference.matmul(flat, values, scale.reshape(-1), quantize_activations=quantize,
-                                         out_dtype=np.float64)  # fmt: skip
+        wanted = np.asarray(int8_matmul.int8_matmul(flat, values, scale, layer=layer, quantize_activations=quantize,
+                                                    out_dtype=np.float64, implementation="reference"))  # fmt: skip
         return wrong_rows(np.asarray(compiled(*arguments)).reshape(wanted.shape), wanted, case.dtype)
 
     return check

@@ -90,18 +90,24 @@ def int8_matmul_program(
     in_features: int = 4096,
     out_features: int = 4096,
     quantize_activations: bool = True,
+    num_layers: int | None = None,
     dtype: str = "bfloat16",
+    out_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Program:
-    """One matmul, nothing donated."""
+    """One matmul, nothing donated; with num_layers a scan of x over a stack, D and F equal."""
 
-    def matmul(x, values, scale):
-        return int8_matmul.int8_matmul(x, values, scale, quantize_activations=quantize_activations,
-                                       implementation=implementation)  # fmt: skip
+    def matmul(x, values, scale, layer=None):
+        return int8_matmul.int8_matmul(x, values, scale, layer=layer, quantize_activations=quantize_activations,
+                                       out_dtype=out_dtype, implementation=implementation)  # fmt: skip
 
-    arguments = (_array(dtype, num_rows, in_features), _array("int8", out_features, in_features),
-                 _array("float32", out_features, 1))  # fmt: skip
-    return Program("int8_matmul", matmul, arguments)
+    def layers(x, values, scale):
+        return jax.lax.scan(lambda x, layer: (matmul(x, values, scale, layer), None), x, jnp.arange(num_layers))[0]
+
+    stack = () if num_layers is None else (num_layers,)
+    arguments = (_array(dtype, num_rows, in_features), _array("int8", *stack, out_features, in_features),
+                 _array("float32", *stack, out_features, 1))  # fmt: skip
+    return Program("int8_matmul", matmul if num_layers is None else layers, arguments)
 
 
 OPERATIONS: dict[str, Callable[..., Program]] = {

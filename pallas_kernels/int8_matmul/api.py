@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.int8_matmul import reference, tpu, xla
+from pallas_kernels.int8_matmul import gpu, reference, tpu, xla
 from pallas_kernels.int8_matmul.contract import Array, Int8MatmulImplementation, Int8MatmulSpec
 
 OPERATION = "int8_matmul"
 # First supported that does not yield wins; the reference serves only callers who name it.
 IMPLEMENTATIONS: tuple[Int8MatmulImplementation, ...] = (
     tpu.IMPLEMENTATION,
+    gpu.IMPLEMENTATION,
     xla.IMPLEMENTATION,
     reference.IMPLEMENTATION,
 )
