@@ -234,7 +234,10 @@ def attend_block(refs: Refs, geometry: Geometry, slot, row_slot, end, state, sca
 
     def matrix(part: int, head: int) -> Array:
         pages = refs.kv[slot, :, part, head]
-        return pages.reshape(geometry.kv, geometry.width).astype(geometry.compute_dtype)
+        pages = pages.reshape(geometry.kv, geometry.width)
+        # Other pages the matrix unit takes as they are beside bfloat16 operands, which costs less than a conversion
+        # (fp8, 512 tokens, 8 kv heads: 630 instead of 2120 bundles on v5e, 658 instead of 2113 on v6e).
+        return pages.astype(jnp.float32) if geometry.compute_dtype == jnp.float32 else pages
 
     def products(tile: int, operand: Array, part: int, axis: int) -> Array:
         """`operand` times a matrix whose contracted axis is `axis`, of each kv head in its rows of the tile."""
