@@ -77,19 +77,6 @@ def cast(tensor: LazyTensor, dtype: Any) -> LazyTensor:
     return LazyTensor(tensor.name, tensor.shape, dtype, lambda box: tensor.read(box).astype(dtype, copy=False))
 
 
-def stacked(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """Tensors of one shape along a new leading axis."""
-
-    def read(box: Box) -> np.ndarray:
-        parts = [tensor.read(box[1:]) for tensor in tensors[box[0]]]
-        if parts and is_turned(parts[0]):
-            return np.stack([part.swapaxes(-1, -2) for part in parts]).swapaxes(-1, -2)
-        return np.stack(parts) if parts else np.empty((0, *[item.stop - item.start for item in box[1:]]), first.dtype)
-
-    first = tensors[0]
-    return LazyTensor(f"{first.name} and {len(tensors) - 1} more", (len(tensors), *first.shape), first.dtype, read)
-
-
 def cut(tensor: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
     """The part from `start` to `stop` of one dimension (fused projections are cut so)."""
 

@@ -15,7 +15,7 @@ from jaxinfer import sharding
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidConfig
 from pallas_kernels import ragged_paged_attention as attention
-from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.dispatch import Unsupported, device_of
 from pallas_kernels.ragged_paged_attention.api import named
 
 
@@ -92,6 +92,7 @@ def kv_cache(
         page_size=page_size,
         dtype=dtype,
         kv_dtype=dtype,
+        device=device_of(mesh),
     )
     try:
         implementation = attention.resolve(spec, implementation)

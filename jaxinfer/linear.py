@@ -17,12 +17,15 @@ class QuantizedWeight:
 
     values: int8[F, D]. scale: f32[F, groups], groups of equal size along D; int8 has one. zero: like scale, or None.
     format: "int8" (weights only) or "int8_dynamic" (activations quantised per token in the kernel too).
+    layer: i32[], which entry of stacks [L, ...] of all these is meant; None where there is no stack. A kernel takes
+    stack and index, since a slice that is its operand would be copied first.
     """
 
     values: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
     format: str = flax.struct.field(pytree_node=False, default="int8")
+    layer: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -79,7 +82,9 @@ def quantized_matmul(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     if weight.format not in ("int8", "int8_dynamic") or weight.zero is not None:
         raise InvalidConfig("quantization", f"{weight.format!r} is not int8 or int8_dynamic without zero points")
     dynamic = weight.format == "int8_dynamic"
-    y = int8_matmul(x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=jnp.float32)
+    y = int8_matmul(
+        x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=jnp.float32, layer=weight.layer
+    )
     return jnp.asarray(y)
 
 

@@ -35,6 +35,7 @@ from jaxinfer.params import (
     source_paths,
 )
 from jaxinfer.quantization import WEIGHT_FORMATS, quantized, spec_of
+from jaxinfer.stacking import stacked
 
 DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
 PROGRESS_AFTER_SECONDS = 2.0
@@ -75,7 +76,7 @@ def load_model(
     try:
         raw = config_reader.read_config(folder)
         config = model_config(raw)
-        layer_loop = layer_loop or default_layer_loop()
+        layer_loop = layer_loop or default_layer_loop(mesh)
         if orbax_store.is_store(folder):
             params = restore_params(folder, config, dtype, mesh, layer_loop)
         else:
@@ -167,8 +168,10 @@ def place_weight(parts: list[tensors.LazyTensor], wanted: ParamSpec | QuantizedW
         place = sharding.sharding(mesh, sharding.partition_spec(spec_of(wanted).axes[-2:]))
         return quantized((placement.place(tensors.transposed(part), place) for part in parts), wanted, mesh)
     rounded = [tensors.cast(part, wanted.dtype) for part in parts]
-    whole = tensors.stacked(rounded) if len(wanted.shape) > len(parts[0].shape) else rounded[0]
-    return placement.place(whole, sharding.sharding(mesh, sharding.partition_spec(wanted.axes)))
+    axes = wanted.axes[-len(parts[0].shape) :]
+    place = sharding.sharding(mesh, sharding.partition_spec(axes))
+    placed = (placement.place(part, place) for part in rounded)
+    return stacked(placed, wanted, mesh, lambda weight: weight) if len(axes) < len(wanted.axes) else next(placed)
 
 
 def check_tensors(
@@ -288,4 +291,4 @@ def random_params(
     layer_loop: LayerLoop | None = None,
 ) -> Params:
     """Random weights in the model's shape, made on their shards; for tests and benchmarks."""
-    return init_params(config, seed, dtype=dtype, mesh=mesh, layer_loop=layer_loop or default_layer_loop())
+    return init_params(config, seed, dtype=dtype, mesh=mesh, layer_loop=layer_loop or default_layer_loop(mesh))

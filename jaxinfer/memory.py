@@ -1,5 +1,6 @@
 """How many pages fit: the memory plan, made before the programs are compiled for good."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,11 +99,13 @@ def available_host_memory() -> int:
 
 
 def weight_bytes(params: object) -> int:
-    """Bytes of a parameter tree on the device that holds the most of it."""
+    """Bytes of a parameter tree, of arrays or of shapes with shardings, on the device that holds the most of it."""
     totals: dict[Any, int] = {}
-    for leaf in jax.tree.leaves(params):
-        for shard in leaf.addressable_shards:
-            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    leaves: list[Any] = jax.tree.leaves(params)
+    for leaf in leaves:
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for device in leaf.sharding.device_set:
+            totals[device] = totals.get(device, 0) + shard
     return max(totals.values(), default=0)
 
 

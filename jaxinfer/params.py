@@ -18,13 +18,14 @@ from jaxinfer import sharding
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import ModelFormatError
 from jaxinfer.linear import QuantizedWeight
+from pallas_kernels.dispatch import device_of
 
 type LayerLoop = Literal["unrolled", "scanned"]
 type Params = dict[str, Any]
 
-SCANNED_DEVICES = ("TPU v5", "TPU v6")
-"""Prefixes of device kinds on which slices of stacked weights fuse into the matmul (v5e, v5p, v6e). Elsewhere a scan
-copies every layer's weights first, as seen in compiled programs.
+SCANNED_DEVICES = ("TPU v5", "TPU v6", "TPU7x")
+"""Prefixes of device kinds on which slices of stacked weights fuse into the matmul: v5e, v5p, v6e, and tpu7x with
+`programs.compiler_options`. Elsewhere a scan copies every layer's weights first, as seen in compiled programs.
 """
 
 
@@ -57,10 +58,12 @@ class ParamSpec:
         )
 
 
-def default_layer_loop(device: Any | None = None) -> LayerLoop:
-    """Scanned where a scan reads stacked weights in place, unrolled on CPU, GPU and tpu7x."""
-    kind = (device or jax.devices()[0]).device_kind
-    return "scanned" if kind.startswith(SCANNED_DEVICES) else "unrolled"
+def default_layer_loop(mesh: Mesh | None = None) -> LayerLoop:
+    """Scanned where a scan reads stacked weights in place, unrolled on CPU and GPU.
+
+    mesh: what the model runs on, which need not be here; None is the first device.
+    """
+    return "scanned" if device_of(mesh).kind.startswith(SCANNED_DEVICES) else "unrolled"
 
 
 def param_specs(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxinfer import sharding
 from jaxinfer.linear import QuantizedWeight
+from jaxinfer.stacking import stacked
 from pallas_kernels.int8_matmul import quantize_weight
 
 WEIGHT_FORMATS: dict[str | None, str | None] = {None: None, "int8": "int8_dynamic", "int8_weight_only": "int8"}
@@ -37,22 +38,13 @@ def quantized(weights: Iterable[jax.Array], wanted: QuantizedWeight, mesh: Mesh 
         (weight,) = weights
         values, scale = jax.jit(quantize_weight, out_shardings=parts)(weight)
         return replace(wanted, values=values, scale=scale)
-    stack = jax.tree.map(lambda spec, place: jnp.zeros(spec.shape, spec.dtype, device=place), wanted, places)
-    write = jax.jit(write_layer, donate_argnums=0, out_shardings=places)
-    index = 0
-    for weight in weights:  # not by `enumerate`, which would keep the last weight alive
-        stack = write(stack, weight, jnp.int32(index))
-        jax.block_until_ready(stack)  # else the host runs ahead and has many layers' weights on the device at once
-        del weight
-        index += 1  # noqa: SIM113
-    return stack
+    return stacked(weights, wanted, mesh, partial(as_quantized, wanted))
 
 
-def write_layer(stack: QuantizedWeight, weight: jax.Array, index: jax.Array) -> QuantizedWeight:
-    """`stack` with layer `index` from the float weight [F, D]; donate it."""
+def as_quantized(wanted: QuantizedWeight, weight: jax.Array) -> QuantizedWeight:
+    """`wanted` with the values and scale of a float weight [F, D]."""
     values, scale = map(jnp.asarray, quantize_weight(weight))
-    update = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-    return replace(stack, values=update(stack.values, values), scale=update(stack.scale, scale))
+    return replace(wanted, values=values, scale=scale)
 
 
 def spec_of(wanted: QuantizedWeight) -> Any:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxinfer import compile_cache, loading, memory, programs, sharding
+from jaxinfer import compile_cache, loading, memory, programs, row_state, sharding, steps
+from jaxinfer.batch import Batcher
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.config import EngineConfig, ModelConfig
@@ -154,30 +156,53 @@ def engine_config(options: Options, max_model_len: int, num_pages: int) -> Engin
 
 
 def plan_memory(options: Options, model: Decoder, params: Any, max_model_len: int) -> memory.MemoryPlan:
+    """How the memory of the devices that hold `params` is used."""
+    device = jax.tree.leaves(params)[0].devices().pop()
+    budget = memory.memory_budget(device, options.gpu_memory_utilization, memory.weight_bytes(params))
+    return plan_within(budget, options, model, params, max_model_len, on_cpu=device.platform == "cpu")
+
+
+def plan_within(budget: int, options: Options, model: Decoder, params: Any, max_model_len: int, *, on_cpu: bool
+                ) -> memory.MemoryPlan:
     """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest.
 
     On a CPU temporaries are not measured: there the budget is a small share of the memory.
+
+    budget: bytes on each device. params: arrays, or shapes with their shardings.
     """
-    device = jax.tree.leaves(params)[0].devices().pop()
-    shards = options.tensor_parallel_size
-    weights = memory.weight_bytes(params)
     full_row = -(-max_model_len // options.page_size)
     needed = max(options.max_num_seqs, full_row)
-    on_cpu = device.platform == "cpu"
-    temporaries = None if on_cpu else memory.measure_temporaries(
-        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed)))
-    return memory.plan_pages(
-        budget=memory.memory_budget(device, options.gpu_memory_utilization, weights), weights=weights,
-        temporaries=temporaries, bytes_per_page=model.cache(1, options.page_size).bytes_per_page // shards,
-        page_size=options.page_size, needed=needed, most=options.max_num_seqs * full_row if on_cpu else None,
-        wanted=options.num_pages, on_cpu=on_cpu)
+    shards = sharding.tensor_parallel_size(model.mesh)
+    plan = partial(
+        memory.plan_pages, budget=budget, weights=memory.weight_bytes(params),
+        bytes_per_page=model.cache(1, options.page_size).bytes_per_page // shards, page_size=options.page_size,
+        needed=needed, most=options.max_num_seqs * full_row if on_cpu else None, wanted=options.num_pages,
+        on_cpu=on_cpu)
+    without_temporaries = plan(temporaries=None)  # what cannot fit is refused before anything is compiled
+    if on_cpu:
+        return without_temporaries
+    return plan(temporaries=memory.measure_temporaries(
+        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed))))
 
 
 def compile_largest(model: Decoder, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
     """The programs with the most temporaries: the largest prefill and the largest decode with the full sampler."""
-    declared = programs.declare(Executor(model, params, config, replicated(model.mesh)).signature)
+    declared = programs.declare(abstract_signature(model, params, config))
     largest = [next(key for key in declared if key[0] == kind) for kind in ("prefill", "decode")]
     return [declared[key].compile() for key in largest]
+
+
+def abstract_signature(model: Decoder, params: Any, config: EngineConfig) -> programs.Signature:
+    """The signature of an engine whose pages and row state are shapes only: for compiling before they exist.
+
+    params: arrays, or the shapes of `params.abstract_params`.
+    """
+    everywhere = replicated(model.mesh)
+    empty = partial(row_state.empty, config.max_num_seqs, config.max_pages_per_row, everywhere)
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(empty))
+    state = steps.DeviceState(model.cache(config.num_pages, config.page_size).struct(), rows)
+    return programs.Signature(model, params, state, Batcher(config), everywhere)
 
 
 def warm_up(executor: Executor, show_progress: bool) -> int:

@@ -71,21 +71,33 @@ def _pack_rows(state: RowState, fields) -> _PackedRows:
 
 
 def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form):
-    """Samples with the form chosen at run time: prefill programs are big, so one serves all forms."""
-    branches = [lambda sampler=sampler: _sample_rows(logits, rows, slots, positions, sampled, sampler)
-                for sampler in SamplerForm]
-    tokens, result = jax.lax.switch(form, branches)
-    return tokens, result
+    """Samples with the form chosen at run time: prefill programs are big, so one serves all forms.
+
+    What FULL does beyond SIMPLE changes no row that did not ask for it, and each part compiles for seconds, so both
+    share one branch; only scores are apart.
+    """
+    fields = row_state.sampling_of(rows, slots)
+    tokens = jax.lax.cond(
+        form == SamplerForm.GREEDY,
+        lambda: sampling.sample(logits, fields, positions, SamplerForm.GREEDY),
+        lambda: sampling.sample(logits, fields, positions, SamplerForm.FULL))
+    shown = jnp.where(sampled, tokens, -1)[:, None]
+    width = result_width(SamplerForm.FULL) - 1
+    scores = jax.lax.cond(
+        form == SamplerForm.FULL,
+        lambda: pack_scores(sampling.score(logits, tokens)),
+        lambda: jnp.zeros((tokens.shape[0], width), jnp.int32))
+    return tokens, jnp.concatenate([shown, scores], axis=1)
 
 
-def _sample_rows(logits, rows: RowState, slots, positions, sampled, form: SamplerForm, width: int | None = None):
-    """Tokens i32[R] for `positions` and the packed results i32[R, width]; -1 in rows that sample nothing."""
+def _sample_rows(logits, rows: RowState, slots, positions, sampled, form: SamplerForm):
+    """Tokens i32[R] for `positions` and the packed results i32[R, result_width(form)]; -1 in rows that sample nothing.
+    """
     fields = row_state.sampling_of(rows, slots)
     tokens = sampling.sample(logits, fields, positions, form)
     shown = jnp.where(sampled, tokens, -1)[:, None]
-    width = width or result_width(SamplerForm.FULL)
     if form is not SamplerForm.FULL:
-        return tokens, jnp.pad(shown, ((0, 0), (0, width - 1)))
+        return tokens, shown
     return tokens, jnp.concatenate([shown, pack_scores(sampling.score(logits, tokens))], axis=1)
 
 
@@ -142,7 +154,7 @@ def _decode_round(model, form, params, state: DeviceState, fields, page_indices)
     tokens = rows.last_token.at[slots].get(mode="clip")
     hidden, kv_pages = model.forward(params, tokens, positions, state.kv_pages, packed, max_q_len=1)
     logits = model.logits(params, hidden)
-    tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form, result_width(form))
+    tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form)
     return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, tokens)), result
 
 

@@ -111,4 +111,17 @@ def current_device() -> Device:
     if device is None:
         local = jax.local_devices()[0]
         return Device(local.platform, local.device_kind)
-    return Device("gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind)
+    return Device(platform_name(device.platform), device.device_kind)
+
+
+def device_of(mesh: jax.sharding.Mesh | None) -> Device:
+    """The devices of `mesh`, which need not exist here; without one, where a call would run."""
+    if mesh is None:
+        return current_device()
+    device = mesh.devices.flat[0]
+    return Device(platform_name(device.platform), device.device_kind)
+
+
+def platform_name(platform: str) -> str:
+    """One name for every maker of GPUs."""
+    return "gpu" if platform in ("cuda", "rocm") else platform

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxinfer import sharding
 from jaxinfer.config import ModelConfig
 from jaxinfer.kv_cache import page_size_of, pages_partition_spec
-from jaxinfer.linear import linear, matmul, out_features
+from jaxinfer.linear import QuantizedWeight, linear, matmul, out_features
 from jaxinfer.model import Rows
 from jaxinfer.models.norm import rms_norm
 from jaxinfer.models.rope import apply_rope, rope_tables
@@ -157,7 +157,7 @@ def make_schedule(params, tokens, kv_pages, rows, config, max_q_len, implementat
 
 
 def unrolled_layers(layers: tuple[Params, ...], x: jax.Array, kv_pages: jax.Array, step: Step):
-    """One layer after the other: a program as long as the model, in which no weight is copied on CPU, GPU and tpu7x.
+    """One layer after the other: a program as long as the model, in which no weight is copied on CPU and GPU.
 
     Layers of one kind are traced and lowered once, as a function that XLA inlines.
     """
@@ -173,12 +173,23 @@ def scanned_layers(layers: Params, x: jax.Array, kv_pages: jax.Array, step: Step
     same = len(set(windows)) == 1
 
     def body(carry, xs):
-        layer, index, window = xs
+        sliced, index, window = xs
         x, kv_pages = carry
+        layer = jax.tree.map(partial(entry, index), layers, sliced, is_leaf=is_quantized)
         return decoder_layer(layer, index, (windows[0] or None) if same else window, x, kv_pages, step), None
 
     indices = jnp.arange(len(windows), dtype=jnp.int32)
-    return lax.scan(body, (x, kv_pages), (layers, indices, jnp.asarray(windows, jnp.int32)))[0]
+    sliced = jax.tree.map(lambda weight: None if is_quantized(weight) else weight, layers, is_leaf=is_quantized)
+    return lax.scan(body, (x, kv_pages), (sliced, indices, jnp.asarray(windows, jnp.int32)))[0]
+
+
+def is_quantized(weight: Any) -> bool:
+    return isinstance(weight, QuantizedWeight)
+
+
+def entry(index: jax.Array, stack: Any, sliced: Any) -> Any:
+    """One layer's weight: the scan's own slice, or of a quantised one the whole stack and the index."""
+    return stack.replace(layer=index) if is_quantized(stack) else sliced
 
 
 def decoder_layer(layer: Params, index, window, x: jax.Array, kv_pages: jax.Array, step: Step):

@@ -24,8 +24,6 @@ CASES = {
         lambda lazy: tensors.repeated(lazy, 1, 4, 3),
         np.tile(ARRAY.reshape(6, 2, 1, 4), (3, 1)).reshape(6, 24),
     ),
-    "stacked": (lambda lazy: tensors.stacked([lazy, lazy]), np.stack([ARRAY, ARRAY])),
-    "stacked transposed": (lambda lazy: tensors.stacked([tensors.transposed(lazy)] * 3), np.stack([ARRAY.T] * 3)),
     "cut and transposed": (lambda lazy: tensors.transposed(tensors.cut(lazy, 0, 2, 5)), ARRAY[2:5].T),
     "repeated after transposed": (
         lambda lazy: tensors.repeated(tensors.transposed(lazy), 1, 3, 2),

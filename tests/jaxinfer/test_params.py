@@ -1,6 +1,6 @@
 """One record a weight: sizes, the two layer loops, random init, errors."""
 
-import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from paged_model import tiny_config
 
-from jaxinfer import params as params_module
 from jaxinfer.errors import ModelFormatError
 from jaxinfer.loading import random_params
 from jaxinfer.params import (
@@ -105,14 +104,12 @@ def test_fitting_repeats_whole_heads_and_pads_ids():
         ("TPU v5 lite", "scanned"),
         ("TPU v5p", "scanned"),
         ("TPU v6 lite", "scanned"),
-        ("TPU7x", "unrolled"),
-        ("TPU v7x", "unrolled"),
+        ("TPU7x", "scanned"),
+        ("TPU v4", "unrolled"),
     ],
 )
-def test_the_layer_loop_follows_the_device(kind, expected):
-    @dataclasses.dataclass
-    class Device:
-        device_kind: str
-
-    assert default_layer_loop(Device(kind)) == expected
-    assert params_module.default_layer_loop() in ("unrolled", "scanned")
+def test_the_layer_loop_follows_the_devices_of_the_mesh(kind, expected):
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = SimpleNamespace(devices=np.array([[[device]]]))
+    assert default_layer_loop(mesh) == expected  # type: ignore[arg-type]
+    assert default_layer_loop() == "unrolled"
