@@ -31,7 +31,7 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT
 SHOW := awk '$$1 == "Collecting" || $$1 == "Downloading" {print "  " tolower($$1) " " $$2; fflush()} \
     $$1 == "Installing" {print "  installing"; fflush()}'
 
-.PHONY: help setup aot-packages test smoke lint demo bench clean
+.PHONY: help setup aot-packages aot test smoke lint demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,9 @@ $(AOT)/cuda/jax_plugins: | $(STAMP)
 	@rm -rf $(AOT)/cuda
 	@$(AOT_INSTALL) $(AOT)/cuda.part $(AOT_CUDA) | $(SHOW)
 	@mv $(AOT)/cuda.part $(AOT)/cuda
+
+aot: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## whole steps of 8B and 70B models compiled for TPUs and Hopper, checked (ARGS='8b- v6e')
+	@$(PY) -m benchmarks.aot $(ARGS)
 
 test: $(STAMP) ## the whole test suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

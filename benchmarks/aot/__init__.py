@@ -1,0 +1,1 @@
+"""Whole steps compiled for accelerators that are not here, and what the compiled programs say of themselves."""
