@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_paged_attention import reference, tpu, xla
+from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.contract import Array, AttentionImplementation, AttentionSpec
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
@@ -19,6 +19,7 @@ OPERATION = "ragged_paged_attention"
 # First supported wins; the reference serves only callers who name it.
 IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = (
     tpu.IMPLEMENTATION,
+    gpu.IMPLEMENTATION,
     xla.IMPLEMENTATION,
     reference.IMPLEMENTATION,
 )

@@ -31,8 +31,9 @@ BY_NAME = {case.name: case for case in CASES}
 def test_the_default_is_xla_and_the_reference_only_by_name():
     assert resolve(SPEC) == "xla"
     assert resolve(SPEC, "reference") == "reference"
-    tpu, *others = explain(SPEC)
+    tpu, gpu, *others = explain(SPEC)
     assert tpu.implementation == "tpu" and tpu.reasons[0] == "runs on TPUs, this is cpu"
+    assert gpu.implementation == "gpu" and gpu.reasons[0] == "runs on Hopper GPUs (sm_90a), this is cpu"
     assert [(v.implementation, v.chosen, v.reasons) for v in others] == [
         ("xla", True, ()),
         ("reference", False, ("only by name",)),

@@ -1,15 +1,23 @@
-"""Every implementation against the float64 reference, over the shared cases."""
+"""Every implementation against the float64 reference, over the shared cases; kernels in Pallas' interpreters."""
 
 import pytest
 
 from pallas_kernels import Unsupported
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention.cases import CASES, AttentionCase, make_inputs
-from tests.pallas_kernels.interpreters import DMA_MODES, DmaMode, tpu_interpreter_without_races
+from tests.pallas_kernels.interpreters import (
+    DMA_MODES,
+    DmaMode,
+    gpu_interpreter_without_races,
+    tpu_interpreter_without_races,
+)
 from tests.pallas_kernels.ragged_paged_attention.support import assert_right, is_kernel_shape, run
 
-IMPLEMENTATIONS = ("reference", "xla")  # everywhere; "gpu" joins below
+IMPLEMENTATIONS = ("reference", "xla")  # everywhere
 SERVED_BY_TPU = [case for case in CASES if is_kernel_shape(case)]
+# wgmma multiplies bfloat16
+SERVED_BY_GPU = [case for case in CASES if is_kernel_shape(case) and case.max_q_len is not None
+                 and "float32" not in (case.dtype, case.kv_dtype)]  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -37,5 +45,18 @@ def test_what_tpu_does_not_serve_is_refused(case: AttentionCase):
         run(case, inputs, "tpu", interpret)
 
 
+@pytest.mark.parametrize("case", SERVED_BY_GPU, ids=lambda case: case.name)
+def test_case_on_gpu(case: AttentionCase):
+    inputs = make_inputs(case)
+    with gpu_interpreter_without_races() as interpret:
+        assert_right(case, inputs, *run(case, inputs, "gpu", interpret))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SERVED_BY_GPU], ids=lambda case: case.name)
+def test_what_gpu_does_not_serve_is_refused(case: AttentionCase):
+    with pytest.raises(Unsupported):
+        run(case, make_inputs(case), "gpu", interpret=True)
+
+
 def test_every_implementation_is_in_the_suite():
-    assert {candidate.name for candidate in api.IMPLEMENTATIONS} == {*IMPLEMENTATIONS, "tpu"}
+    assert {candidate.name for candidate in api.IMPLEMENTATIONS} == {*IMPLEMENTATIONS, "tpu", "gpu"}
