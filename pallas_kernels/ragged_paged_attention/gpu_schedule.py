@@ -18,7 +18,7 @@ ENTRY, HEAD, SPLIT, COUNT, NUM_START_COLUMNS = 0, 1, 2, 3, 4
 # N of a wgmma instruction is a multiple of 8: columns of the matrices that a unit multiplies.
 COLUMN_ALIGNMENT = 8
 # With more, accumulator, scores and probabilities do not fit the 255 registers of a thread.
-MAX_COLUMNS, MAX_ACCUMULATOR = 64, 128 * 64
+MAX_COLUMNS, MAX_ACCUMULATOR = 48, 128 * 48
 # Tiles that starting and ending a unit is worth when blocks get their shares: reading its queries, writing its result.
 UNIT_COST = 1
 MAX_SPLITS = 32

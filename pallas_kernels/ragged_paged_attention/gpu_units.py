@@ -193,7 +193,7 @@ def for_each_unit(refs: Inputs, shape: Shape, visit: Callable[[Unit, Array], Arr
     return lax.fori_loop(0, count, step, (entry, head, split, jnp.int32(0)))[3]
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------------
+# ---- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def slab_layout(width: int):
