@@ -1,4 +1,4 @@
-"""Results of Hopper decode: normalised and written by query head; splits of a row are added by a kernel of their own."""
+"""Results of Hopper decode: normalised, written by query head; splits of a row are added by a kernel of their own."""
 
 from typing import Any
 

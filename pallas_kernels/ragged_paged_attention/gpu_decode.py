@@ -241,11 +241,22 @@ def operand_tile(tile_s, converted_s, shape: Shape):
     """
     if not shape.converted:
         return tile_s
-    for first in range(0, shape.tile, CONVERTED_ROWS):
+
+    def convert(first) -> None:
+        rows = pl.ds(first, CONVERTED_ROWS)
         for columns in column_blocks(shape):
-            rows = pl.ds(first, CONVERTED_ROWS)
             tile = plgpu.load(tile_s.at[rows, columns], layout=slab_layout(columns.size), optimized=False)
             converted_s.at[rows, columns][...] = tile.astype(shape.dtype)
+
+    if shape.spare_registers:
+        for first in range(0, shape.tile, CONVERTED_ROWS):
+            convert(first)
+    else:  # in a loop, or ptxas loads all of the tile first
+
+        @pl.loop(0, shape.tile // CONVERTED_ROWS)
+        def _(i):
+            convert(pl.multiple_of(i * CONVERTED_ROWS, CONVERTED_ROWS))
+
     return converted_s
 
 

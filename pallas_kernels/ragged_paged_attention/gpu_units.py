@@ -83,6 +83,10 @@ class Shape:
         return self.columns <= UNROLLED_COLUMNS
 
     @property
+    def spare_registers(self) -> bool:
+        return self.unrolled and self.head_dim <= 128
+
+    @property
     def splits(self) -> bool:
         """Whether there are partial results: of rows with several splits, or, with many columns, of all rows: 64 rows
         of H at a time the kernel that combines them needs few registers to write them.
