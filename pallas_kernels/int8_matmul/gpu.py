@@ -18,6 +18,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
+from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul.contract import Int8MatmulImplementation, Int8MatmulSpec, common_reasons
 from pallas_kernels.int8_matmul.xla import quantize_rows
 
@@ -75,7 +77,10 @@ def matmul(
     x: Array, values: Array, scale: Array, layer: Array, *, quantize_activations: bool, out_dtype: Any, interpret: Any
 ) -> Array:
     """See `contract.Int8MatmulImplementation`."""
-    blocks = FEW_ROWS if x.shape[0] <= INSTRUCTION_ROWS else MANY_ROWS
+    default = FEW_ROWS if x.shape[0] <= INSTRUCTION_ROWS else MANY_ROWS
+    form = "weights and activations" if quantize_activations else "weights"
+    tuned = tuning.lookup("int8_matmul", current_device().kind, form=form, rows=x.shape[0], in_features=x.shape[1])
+    blocks = Blocks(**tuned) if tuned else default
     return tiled_matmul(x, values, scale, layer, blocks, quantize_activations, out_dtype, interpret)
 
 

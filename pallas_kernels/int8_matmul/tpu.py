@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul.contract import (
     SMALLEST_MAXIMUM,
@@ -57,11 +58,21 @@ def matmul(
     x: Array, values: Array, scale: Array, layer: Array, *, quantize_activations: bool, out_dtype: Any, interpret: Any
 ) -> Array:
     """See `contract.Int8MatmulImplementation`."""
+    form = "weights and activations" if quantize_activations else "weights"
+    blocks = tuning.lookup("int8_matmul", current_device().kind, form=form, rows=x.shape[0], in_features=x.shape[1])
+    return tiled_matmul(x, values, scale, layer, Blocks(**blocks or {}), quantize_activations, out_dtype, interpret)
+
+
+def tiled_matmul(
+    x: Array, values: Array, scale: Array, layer: Array, blocks: Blocks, quantize_activations: bool, out_dtype: Any,
+    interpret: Any,
+) -> Array:  # fmt: skip
+    """As `matmul`, with given blocks."""
     (num_rows, in_features), (num_layers, out_features, _) = x.shape, values.shape
     width = round_up(in_features, LANES)
     # Zeros meet whatever the weight block holds behind its last feature: integers, so that the products are zero.
     x = jnp.pad(x, ((0, 0), (0, width - in_features))) if width > in_features else x
-    tiling = choose_tiling(num_rows, width, out_features, x.dtype.itemsize, Blocks())
+    tiling = choose_tiling(num_rows, width, out_features, x.dtype.itemsize, blocks)
     num_row_blocks, num_blocks = pl.cdiv(num_rows, tiling.rows), pl.cdiv(out_features, tiling.out_features)
     blocks_a_core = num_blocks // tiling.cores
 
