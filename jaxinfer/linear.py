@@ -56,10 +56,14 @@ def linear(
     Returns:
       [T, F].
     """
-    y = quantized_matmul(x, weight) if isinstance(weight, QuantizedWeight) else matmul(x, weight)
-    if adapter is not None and rows is not None:
-        y = y + adapted(x, adapter, rows)
-    return y.astype(out_dtype or x.dtype)
+    wanted = out_dtype or x.dtype
+    low = None if adapter is None or rows is None else adapted(x, adapter, rows)
+    if isinstance(weight, QuantizedWeight):
+        y = quantized_matmul(x, weight, wanted if low is None else jnp.float32)
+    else:
+        y = matmul(x, weight)
+    y = y if low is None else y + low
+    return y.astype(wanted)
 
 
 def out_features(weight: jax.Array | QuantizedWeight) -> int:
@@ -77,13 +81,15 @@ def matmul(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.
     return y[:1] if pad else y
 
 
-def quantized_matmul(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    """f32[T, F] through `pallas_kernels.int8_matmul`. Raises InvalidConfig for a format it does not know."""
+def quantized_matmul(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
+    """[T, F] through `pallas_kernels.int8_matmul`, whose kernels round sums of float32 as they store them: a float32
+    result would be written, read and rounded once more. Raises InvalidConfig for a format it does not know.
+    """
     if weight.format not in ("int8", "int8_dynamic") or weight.zero is not None:
         raise InvalidConfig("quantization", f"{weight.format!r} is not int8 or int8_dynamic without zero points")
     dynamic = weight.format == "int8_dynamic"
     y = int8_matmul(
-        x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=jnp.float32, layer=weight.layer
+        x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=out_dtype, layer=weight.layer
     )
     return jnp.asarray(y)
 
