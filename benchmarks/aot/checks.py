@@ -75,7 +75,9 @@ def table(found: Sequence[tuple[Case, dict[str, Any]]]) -> str:
 
 def row(case: Case, result: dict[str, Any]) -> tuple[str, ...]:
     if "plan" not in result:
-        reason = result.get("failure") or f"memory error: {result['error']}"
+        reason = result.get("failure") or "memory error: weights of {}, budget {}".format(
+            gigabytes(result["weights"]), gigabytes(result["budget"])
+        )
         return (case.name, reason.splitlines()[0].replace("|", "/"), *[""] * (len(COLUMNS) - 2))
     programs, ratio = result["programs"], bytes_ratio(result)
     return (

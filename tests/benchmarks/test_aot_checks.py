@@ -19,6 +19,7 @@ FOUND = {
     ],
     "decode": {"bytes": 1019, "ideal": 1000, "collectives": {"all-reduce": 65, "all-gather": 1}},
 }
+NO_ROOM = {"error": "512 pages need more", "weights": 9 * 10**9, "budget": 8 * 10**9}
 FOUR, ONE = Case("8b", "v5e:4"), Case("8b", "v6e:1")
 
 
@@ -47,7 +48,7 @@ def changed(*path_and_value):
         (changed("decode", "bytes", 1101), "moves 1.101 times the least bytes"),
         (changed("decode", "collectives", {"all-reduce": 97, "all-gather": 1}), "3.0 collectives a layer"),
         (changed("cpu_seconds", 260.0), "compiled in 130 s"),
-        ({"error": "512 pages need more"}, "does not fit: 512 pages"),
+        (NO_ROOM, "does not fit: 512 pages"),
         ({"failure": "JaxRuntimeError: vmem"}, "did not compile: JaxRuntimeError: vmem"),
     ],
 )
@@ -65,9 +66,9 @@ def test_one_device_has_no_collectives_and_xlas_attention_no_ratio():
 
 def test_where_memory_is_missing_only_the_error_passes():
     small = Case("70b", "h200:1", fits=False)
-    assert complaints(small, {"error": "no room"}) == []
+    assert complaints(small, NO_ROOM) == []
     assert complaints(small, FOUND) == ["fits, where a memory error was expected"]
-    assert "memory error: no room" in table([(small, {"error": "no room"})])
+    assert "memory error: weights of 9.000 GB, budget 8.000 GB" in table([(small, NO_ROOM)])
 
 
 def test_every_case_has_a_name_of_its_own():
