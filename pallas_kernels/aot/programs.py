@@ -18,11 +18,11 @@ from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 @dataclass(frozen=True)
 class Program:
-    """A function, the shapes of its arguments and which of them it may overwrite."""
+    """A function, its arguments as (trees of) `jax.ShapeDtypeStruct`, and which of them it may overwrite."""
 
     name: str
     function: Callable[..., Any]
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
 
     def compile(self, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:

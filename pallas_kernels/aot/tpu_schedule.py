@@ -99,8 +99,11 @@ class Schedule:
 
     @property
     def hot_loop(self) -> Region:
-        """Of the loops that contain no loop the deepest, of these the longest; the kernel itself without loops."""
-        return max(innermost(self.root), key=lambda found: (found[0], found[1].all_bundles))[1]
+        """Of all loops the one with most bundles outside of its inner loops; the kernel itself without loops. Which one
+        runs most often depends on lengths (`tpu_execution`).
+        """
+        loops = [region for region in self.root.walk() if region.kind == "loop"]
+        return max(loops or [self.root], key=lambda loop: loop.all_bundles - sum(x.all_bundles for x in loop.loops))
 
     def fill(self, slot: str, region: Region) -> float:
         """Share of a slot's capacity in use, over all bundles of a region."""
@@ -110,13 +113,6 @@ class Schedule:
         """Share of a region's bundles that store a spilled vector register."""
         lines = self.utilization[region.first : region.last + 1]
         return sum(line[SPILL] > 0 for line in lines) / len(lines)
-
-
-def innermost(region: Region, depth: int = 0) -> list[tuple[int, Region]]:
-    """(depth, loop) of the loops that contain none; (0, region) where there is no loop."""
-    if not region.loops:
-        return [(depth, region)]
-    return [found for loop in region.loops for found in innermost(loop, depth + 1)]
 
 
 def collect(folder: Path | str, chip: str) -> list[Schedule]:

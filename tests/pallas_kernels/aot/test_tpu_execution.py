@@ -63,7 +63,7 @@ def test_the_same_passes_are_counted_when_the_kernel_runs_in_the_interpreter(len
                          interpret=pltpu.InterpretParams())(jnp.array(lengths, jnp.int32), x)  # fmt: skip
     counted = np.asarray(out).reshape(NUM_STEPS, 8, 128)[:, 0, 0]
     schedule = recorded("v5e")
-    (inner,) = (region for depth, region in tpu_schedule.innermost(schedule.root) if depth == 3)
+    inner = schedule.root.loops[0].loops[0].loops[0]
     assert tpu_execution.execute(schedule, {0: np.array(lengths)}).runs(inner) == counted.sum()
 
 

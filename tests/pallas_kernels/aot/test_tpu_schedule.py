@@ -34,7 +34,7 @@ def test_loops_and_branches_of_a_kernel_are_found(chip):
     (outer,) = grid.loops
     (inner,) = outer.loops
     assert inner.loops == () and schedule.root.depth == 3
-    assert schedule.hot_loop == inner
+    assert schedule.hot_loop == grid, "most of this kernel's bundles bring blocks in and out"
     rare = outer.regions[0]
     assert (rare.kind, rare.total(STORE)) == ("branch", 1), "what `pl.when` skips comes before the loop"
 

@@ -1,0 +1,6 @@
+"""Block sizes of jax's kernel that bench_tpu_static compiles: the best few of the sweep in README.md."""
+
+# (tokens, queries) a block; decode by context, as a block beyond a row's end is fetched whole.
+DECODE = {1024: ((1024, 2), (1024, 1)), 8192: ((2048, 1), (2048, 2), (1024, 2))}
+INT8 = DECODE
+PREFILL = ((512, 128), (1024, 128))

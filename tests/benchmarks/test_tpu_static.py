@@ -1,0 +1,78 @@
+"""bench_tpu_static without libtpu: it says that it was skipped; and its arithmetic on counts made up here."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import bench_tpu_static as bench
+from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
+from pallas_kernels.aot import toolchain
+from pallas_kernels.aot.targets import target
+
+CHIP = target("v6e:1").chip
+
+
+def count(bundles: int, bytes_moved: int = 0, spilling: float = 0.0) -> Count:
+    return Count(bundles, 0, bytes_moved, 1, 1, spilling, 0, 0.5)
+
+
+def comparison(page_size: int = 16, ours: int = 1000, peer: int | None = 4000, **fields) -> bench.Comparison:
+    shape = AttentionShape(32, 1, 1024, page_size)
+    return bench.Comparison(shape, CHIP, count(ours, **fields), count(peer) if peer else None, (512, 2))
+
+
+def test_without_libtpu_every_value_is_null_and_nothing_fails(monkeypatch, capsys):
+    monkeypatch.setattr(toolchain, "missing", lambda platform: f"no compiler for {platform}")
+    assert bench.main([]) == 0
+    skipped, *_, last = capsys.readouterr().out.strip().splitlines()
+    assert skipped == "skipped: no compiler for tpu"
+    assert {result["value"] for result in json.loads(last)["results"]} == {None}
+
+
+def test_bytes_and_products_of_a_shape():
+    shape = AttentionShape(rows=2, q_len=3, context=5, num_q_heads=4, num_kv_heads=2, head_dim=8)
+    assert shape.kv_bytes == 2 * 5 * 2 * 2 * 8 * 2
+    # Queries and outputs, and the new rows read and written once more.
+    assert shape.ideal_bytes == shape.kv_bytes + 2 * 6 * 4 * 8 * 2 + 2 * 6 * 2 * 2 * 8 * 2
+    # The three queries see 3, 4 and 5 tokens; two products of 8 multiplications and additions a head and pair.
+    assert shape.flops == 2 * (3 + 4 + 5) * 4 * (2 * 2 * 8)
+
+
+def test_share_of_bandwidth_is_bound_by_the_longer_of_bundles_and_bytes():
+    ideal = AttentionShape(32, 1, 1024).ideal_bytes
+    cycles = ideal / CHIP.hbm_bytes_per_cycle
+    assert comparison(ours=1, bytes_moved=2 * ideal).share_of_bandwidth == pytest.approx(0.5)
+    assert comparison(ours=int(4 * cycles), bytes_moved=ideal).share_of_bandwidth == pytest.approx(0.25, rel=1e-3)
+
+
+def test_results_are_the_worst_of_the_shapes():
+    found = [comparison(16, 1300), comparison(128, 1000, spilling=0.2), comparison(16, 900, None)]
+    ratio, small, _, spilling = bench.decode_results("v6e:1", "bfloat16", found[:2])
+    assert (ratio.value, small.value, spilling.value) == (1300 / 4000, 1.3, 0.2)
+    assert bench.worst_ratio(found[2:]) is None, "nothing to compare with"
+
+
+def test_when_ours_serves_nothing_every_floor_is_missed():
+    for results in (bench.decode_results("v6e:1", "int8", []), bench.prefill_results("v6e:1", [])):
+        assert all(math.isnan(result.value) and not result.reaches(result.floor) for result in results)
+
+
+def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
+    shape = AttentionShape(32, 1, 1024)
+    programs = bench.contenders(shape)
+    found = [count(500), "does not fit", *(count(900 - i) for i in range(len(programs) - 2))]
+    best = bench._best(shape, "v6e:1", programs, found)
+    assert best is not None and best.peer == found[-1] and best.ratio == 500 / found[-1].bundles
+    with pytest.raises(RuntimeError, match="does not compile: VMEM"):
+        bench._best(shape, "v6e:1", programs, ["VMEM", *found[1:]])
+    assert bench._best(shape, "v6e:1", programs, ["Unsupported: H", *found[1:]]) is None
+
+
+def test_many_rows_are_held_to_matrix_slots_and_few_to_bandwidth():
+    names = {}
+    for rows in (8, 512):
+        found = bench.matmul_results("v6e:1", MatmulShape(rows), CHIP, count(100_000), count(200_000))
+        names[rows] = [result.name for result in found if result.floor is not None]
+        assert found[-1].value == 0.5
+    assert names == {8: ["v6e:1 share of bandwidth"], 512: ["v6e:1 matrix slots in use in the loop"]}
