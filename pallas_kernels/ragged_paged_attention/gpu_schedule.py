@@ -17,8 +17,8 @@ TOKEN, Q_LEN, KV_LEN, SPLITS, SPLIT_TILES, SLOT, NUM_ROW_COLUMNS = 0, 1, 2, 3, 4
 ENTRY, HEAD, SPLIT, COUNT, NUM_START_COLUMNS = 0, 1, 2, 3, 4
 # N of a wgmma instruction is a multiple of 8: columns of the matrices that a unit multiplies.
 COLUMN_ALIGNMENT = 8
-# With more, accumulator, scores and probabilities do not fit the 255 registers of a thread.
-MAX_COLUMNS, MAX_ACCUMULATOR = 48, 128 * 48
+# By head width. With more, accumulator, scores and probabilities do not fit the 255 registers of a thread.
+MAX_COLUMNS = {64: 48, 128: 48, 256: 16}
 # Tiles that starting and ending a unit is worth when blocks get their shares: reading its queries, writing its result.
 UNIT_COST = 1
 MAX_SPLITS = 32
@@ -76,7 +76,7 @@ def padded_columns(queries: int, group: int) -> int:
 
 def max_queries(group: int, head_dim: int) -> int:
     """Most queries of a row that the decode kernel can serve."""
-    return min(MAX_COLUMNS, MAX_ACCUMULATOR // head_dim) // group
+    return MAX_COLUMNS.get(head_dim, 0) // group
 
 
 def queries_a_row(group: int, head_dim: int, max_q_len: int | None) -> int:

@@ -46,7 +46,7 @@ def choose_blocks(spec: AttentionSpec, queries: int, num_rows: int) -> work.Deco
     most = work.max_splits(num_pairs, 4 * spec.head_dim * columns)
     if spec.interpret:  # few and small: a block takes 70 ms
         return work.DecodeBlocks(64, 2, 2, 64, min(most, 4), 1)
-    kv_tokens = 128 if spec.head_dim == 64 else 64
+    kv_tokens = 128 if spec.head_dim == 64 and columns <= UNROLLED_COLUMNS else 64
     # Above, a thread has more than the 128 registers that two blocks of 256 leave it.
     blocks_an_sm = 2 if spec.head_dim <= 128 and spec.head_dim * columns <= 128 * 16 else 1
     size = jnp.dtype(spec.kv_dtype).itemsize
