@@ -4,12 +4,13 @@ Operands are swapped: weights are the 64-row side of a warpgroup's matrix instru
 may be as narrow as 8. One warpgroup only starts copies (TMA), the others multiply. Programs are persistent: each walks
 its share of the tiles, and the copies of the next tile run while the last one is stored.
 
-Activations are quantised by a pass of their own before the kernel, once for all tiles. In the kernel every tile of
-features would do it again: x is 2 bytes an element and read twice, so with 64 rows and D = F = 4096 that is 64 tiles
-times 1 MB from L2, for 17 MB of weights.
+Activations are quantised by a kernel of their own before it, a row a program. Inside the matmul every tile of features
+would do it again: x is 2 bytes an element and read twice, so with 64 rows and D = F = 4096 that is 64 tiles times 1 MB
+from L2, for 17 MB of weights.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.int8_matmul.contract import Int8MatmulImplementation, Int8MatmulSpec, common_reasons
+from pallas_kernels.int8_matmul.contract import (
+    SMALLEST_MAXIMUM,
+    Int8MatmulImplementation,
+    Int8MatmulSpec,
+    common_reasons,
+)
 from pallas_kernels.int8_matmul.xla import quantize_rows
 
 # Rows of one matrix instruction (wgmma, PTX ISA), and of a swizzled tile in shared memory.
@@ -29,6 +35,8 @@ INSTRUCTION_ROWS, TILE_ROWS = 64, 8
 SWIZZLES = (128, 64, 32)
 # Rows of x that leave by one copy: a [64, 64] part of the sums.
 STORED_ROWS = 64
+# Elements of a row that a warpgroup (128 threads, up to 8 elements a load) holds at once.
+QUANTIZED_PARTS = (4096, 2048, 1024, 512, 256, 128)
 # Shared memory a block of Hopper may have, less what barriers and alignment take.
 SHARED_BYTES = 232_448 - 4_096
 # Registers a thread when a whole multiprocessor's 65,536 go to two multiplying warpgroups and one that copies.
@@ -90,15 +98,14 @@ def tiled_matmul(
 ) -> Array:  # fmt: skip
     """As `matmul`, with given blocks."""
     num_rows, out_features = x.shape[0], values.shape[1]
-    if quantize_activations:
-        x, x_scale = quantize_rows(x)
-    else:
-        x, x_scale = x.astype(jnp.bfloat16), jnp.ones((num_rows, 1), jnp.float32)
-    sizes = (x.dtype.itemsize, jnp.dtype(out_dtype).itemsize)
+    sizes = (1 if quantize_activations else 2, jnp.dtype(out_dtype).itemsize)
     tiling = choose_tiling(num_rows, x.shape[1], out_features, sizes, blocks)
     padded_rows, padded_features = tiling.row_tiles * tiling.rows, tiling.feature_tiles * tiling.features
-    x = jnp.pad(x, ((0, padded_rows - num_rows), (0, 0)))
-    x_scale = jnp.pad(x_scale[:, 0], (0, padded_rows - num_rows))
+    if quantize_activations:
+        x, x_scale = quantize(x, padded_rows, interpret)
+    else:
+        x = jnp.pad(x, ((0, padded_rows - num_rows), (0, 0)))
+        x_scale = jnp.ones((padded_rows,), jnp.float32)
     scale = jnp.pad(scale, ((0, 0), (0, padded_features - out_features)))
     # What leaves transposed must be 16 bits wide; float32 sums are transposed behind the kernel.
     transposes = jnp.dtype(out_dtype).itemsize == 2
@@ -116,6 +123,52 @@ def tiled_matmul(
     )
     result = kernel(layer, x, values, x_scale, scale)
     return (result if transposes else result.T)[:num_rows, :out_features]
+
+
+def quantize(x: Array, padded_rows: int, interpret: Any) -> tuple[Array, Array]:
+    """(i8[padded_rows, D], f32[padded_rows]) of x [T, D] as `contract` defines it; what is behind row T is undefined.
+
+    Where no whole vectors of a warpgroup fill a row, XLA does it.
+    """
+    num_rows, width = x.shape
+    part = next((part for part in QUANTIZED_PARTS if width % part == 0), None)
+    if part is None:
+        quantized, x_scale = quantize_rows(x)
+        padding = (0, padded_rows - num_rows)
+        return jnp.pad(quantized, (padding, (0, 0))), jnp.pad(x_scale[:, 0], padding)
+    kernel = plgpu.kernel(
+        partial(quantize_kernel, part=part),
+        out_type=(
+            jax.ShapeDtypeStruct((padded_rows, width), jnp.int8),
+            jax.ShapeDtypeStruct((padded_rows,), jnp.float32),
+        ),
+        grid=(num_rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )
+    return kernel(x)
+
+
+def quantize_kernel(x_ref, quantized_ref, x_scale_ref, *, part: int) -> None:
+    """One row: its largest value, then its quotients; the second reading comes from the cache."""
+    row = lax.axis_index("row")
+    layout = plgpu.Layout.WG_STRIDED((part,), vec_size=min(8, part // 128))
+    num_parts = x_ref.shape[1] // part
+
+    def values(k):
+        return plgpu.load(x_ref.at[row, pl.ds(k * part, part)], layout=layout, optimized=False).astype(jnp.float32)
+
+    zeros = plgpu.layout_cast(jnp.zeros((part,), jnp.float32), layout)
+    by_place = lax.fori_loop(0, num_parts, lambda k, largest: jnp.maximum(largest, jnp.abs(values(k))), zeros)
+    largest = jnp.maximum(jnp.max(by_place), SMALLEST_MAXIMUM)
+    factor = 127 / largest
+    x_scale_ref[row] = largest * (1 / 127)
+
+    @pl.loop(0, num_parts)
+    def _(k):
+        rounded = jnp.rint(values(k) * factor).astype(jnp.int32)
+        quantized_ref[row, pl.ds(k * part, part)] = rounded.astype(jnp.int8)
 
 
 def scratch_types(tiling: Tiling, blocks: Blocks, x_dtype: Any, out_dtype: Any, transposes: bool) -> dict[str, Any]:

@@ -1,9 +1,16 @@
 """The kernels of the int8 matmul, compiled for devices that are not here."""
 
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.aot import toolchain
+from pallas_kernels.aot import ptxas, toolchain
 from pallas_kernels.aot.measure import Measured, measure
+from pallas_kernels.aot.programs import Program
+from pallas_kernels.aot.targets import target
+from pallas_kernels.int8_matmul import gpu
 
 # Decode and prefill at widths of an 8B model, and sizes that fill no block.
 PROGRAMS = [
@@ -38,3 +45,26 @@ def test_compiles_for_hopper_without_spills():
     assert {kernel.spill_stores + kernel.spill_loads + kernel.stack_frame for kernel in kernels} == {0}
     for each in found[len(PROGRAMS) :]:
         assert each.memory is not None and each.memory.temporaries < 2**20
+
+
+def compile_converting_in_registers(rows: list[int]) -> None:
+    """The job: weight-only in the form that the interpreter does not run."""
+    mesh = target("h200:1").mesh()
+    for num_rows in rows:
+        chosen = gpu.FEW_ROWS if num_rows <= gpu.INSTRUCTION_ROWS else gpu.MANY_ROWS
+        blocks = replace(chosen, weights_in_registers=True)
+        arguments = (((num_rows, 4096), "bfloat16"), ((1, 4096, 4096), "int8"), ((1, 4096), "float32"), ((1,), "int32"))
+        Program(
+            "int8_matmul",
+            lambda *arrays, blocks=blocks: gpu.tiled_matmul(*arrays, blocks, False, jnp.bfloat16, False),
+            tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in arguments),
+        ).compile(mesh)
+
+
+def test_converting_in_registers_compiles_without_spills():
+    if toolchain.missing("cuda") is not None:
+        pytest.skip(str(toolchain.missing("cuda")))
+    job = "tests.pallas_kernels.int8_matmul.test_compiled:compile_converting_in_registers"
+    finished = toolchain.run(job, {"rows": [16, 64, 4096]}, "cuda")
+    kernels = [kernel for kernel in ptxas.read(finished.log) if "mosaic" in kernel.name]
+    assert len(kernels) == 3 and {kernel.spill_stores + kernel.spill_loads for kernel in kernels} == {0}
