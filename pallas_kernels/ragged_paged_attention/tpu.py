@@ -69,8 +69,8 @@ def num_cores(device: Device) -> int:
 def decode_blocks(num_kv_heads: int, width: int, num_parts: int, kv_dtype) -> DecodeBlocks:
     """A megabyte or more a block, so that one is computed while the next table arrives; 32 MiB in VMEM at most.
 
-    By the static schedule (libtpu 0.0.48, 32/8 heads of 128, 2026-11-21): blocks of 512 take 1.46 (v5e) and 1.44 (v6e)
-    bundles a token without spills, of 1024 1.29 and 1.16 with a few, but a row of under 512 tokens costs twice as much;
+    By the static schedule (libtpu 0.0.48, 32/8 heads of 128, 2026-11-21): blocks of 512 take 1.42 (v5e) and 1.39 (v6e)
+    bundles a token without spills, of 1024 about 0.2 less with a few, but a row of under 512 tokens twice as much;
     memory allows a token in 7.5 and 4.4 cycles. A product of float32 is six of bfloat16: shorter blocks, fewer spills.
     """
     itemsize = jnp.dtype(kv_dtype).itemsize

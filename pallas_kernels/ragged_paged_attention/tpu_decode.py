@@ -6,8 +6,8 @@ they are used. Only tokens in use are fetched, in groups as they are tiled; the 
 ones in VMEM, and that group goes back to its page.
 
 A dead token (behind the row's last, before its window, or of a page that was not fetched) has its score masked. Its
-value is multiplied by zero, so it must be finite: the buffer of values is zeroed once, groups with tokens that are not
-the row's are cleaned when the new token is put there.
+value is multiplied by zero, so it must be finite: what the first blocks leave of the buffer is zeroed, and what is
+behind the new token in its group is when the new one is put there.
 
 Exponentials are powers of two: scores and maxima are in units of log 2.
 """
@@ -130,20 +130,20 @@ def pages_of(refs: Refs, geometry: Geometry, end):
     return begin, whole, (rest + geometry.group_rows - 1) & -geometry.group_rows
 
 
-def start_pages(refs: Refs, geometry: Geometry, step, cursor):
-    """Asks for the pages of the block that is `step`th, and for its row's inputs; see `start_table` for the result."""
+def start_pages(refs: Refs, geometry: Geometry, step) -> None:
+    """Asks for the pages of the block that is `step`th, and for its row's inputs."""
     table_slot, slot = step & (NUM_TABLE_SLOTS - 1), step & (geometry.depth - 1)
     chunk = refs.table_chunks.at[table_slot]
     pltpu.make_async_copy(chunk, chunk, refs.table_arrived.at[table_slot]).wait()
     end, offset = refs.ahead[table_slot * 4], refs.ahead[table_slot * 4 + 1]
     number, token = refs.ahead[table_slot * 4 + 2], refs.ahead[table_slot * 4 + 3]
     begin, whole, rest = pages_of(refs, geometry, end)
-    arrived = refs.kv_arrived.at[slot]
+    arrived, layer = refs.kv_arrived.at[slot], refs.kv_pages.at[refs.layer[0]]
+    ids = refs.table_chunks.at[table_slot, 0, pl.ds(offset, geometry.num_pages)]
 
     def copy(page, tokens=None):
         # The clamp proves what the compiled kernel does not check again: a page id is in range.
-        page_id = jnp.minimum(chunk[0, offset + page], refs.kv_pages.shape[1] - 1)
-        source, target = refs.kv_pages.at[refs.layer[0], page_id], refs.kv.at[slot, page]
+        source, target = layer.at[jnp.minimum(ids[page], layer.shape[0] - 1)], refs.kv.at[slot, page]
         if tokens is not None:
             source, target = (ref.at[:, :, pl.ds(0, tokens)] for ref in (source, target))
         pltpu.make_async_copy(source, target, arrived).start()
@@ -166,19 +166,19 @@ def start_pages(refs: Refs, geometry: Geometry, step, cursor):
         for source, target in ((refs.queries, refs.row_queries), (refs.new_words, refs.row_words)):
             pltpu.make_async_copy(source.at[token], target.at[row_slot], refs.row_arrived.at[row_slot]).start()
 
-    return start_table(refs, geometry, step + TABLES_AHEAD, cursor)
-
 
 def wait_for_pages(refs: Refs, geometry: Geometry, slot, end) -> None:
     begin, whole, rest = pages_of(refs, geometry, end)
     arrived = refs.kv_arrived.at[slot]
 
-    @pl.when(whole > begin)
-    def _():
+    def wait_for_whole_pages():
         pages = refs.kv.at[slot, pl.ds(0, whole - begin)]
         pltpu.make_async_copy(pages, pages, arrived).wait()
 
-    if rest is not None:
+    if rest is None:  # then there is at least one
+        wait_for_whole_pages()
+    else:
+        pl.when(whole > begin)(wait_for_whole_pages)
 
         @pl.when(rest > 0)
         def _():
@@ -300,26 +300,35 @@ def write_outputs(refs: Refs, geometry: Geometry, index, number, state) -> None:
 
 
 def begin(refs: Refs, geometry: Geometry):
-    """Zeroes the values' buffer and starts the first copies; returns the cursor of `start_table`."""
+    """Zeroes values and starts the first copies; returns the cursor of `start_table`."""
     layout = ScalarLayout(refs.table.shape[0])
     first = jnp.minimum(pl.program_id(0), layout.num_rows)
     cursor = (jnp.int32(0), first_block(refs, geometry, refs.scalars[layout.kv_len + first]))
     for step in range(TABLES_AHEAD):
         cursor = start_table(refs, geometry, jnp.int32(step), cursor)
 
-    def zero(slot) -> None:
-        @pl.loop(0, geometry.num_pages)
-        def _(page):
-            values = refs.kv.at[slot, page, geometry.num_parts - 1]
-            values[...] = jnp.zeros(values.shape, values.dtype)
-
-    def fill(slot, cursor):
-        zero(slot)
-        return start_pages(refs, geometry, slot, cursor)
+    def fill(step, cursor):
+        zero_unfetched(refs, geometry, step)
+        start_pages(refs, geometry, step)
+        return start_table(refs, geometry, step + TABLES_AHEAD, cursor)
 
     cursor = lax.fori_loop(0, geometry.depth - 1, fill, cursor)
-    zero(geometry.depth - 1)
+    zero_unfetched(refs, geometry, geometry.depth - 1)
     return cursor
+
+
+def zero_unfetched(refs: Refs, geometry: Geometry, step) -> None:
+    """Zeroes the values that the first block in a slot leaves as they are; later ones leave values of earlier ones."""
+    end = refs.ahead[(step & (NUM_TABLE_SLOTS - 1)) * 4]
+    begin, whole, _ = pages_of(refs, geometry, end)
+
+    def zero(page) -> None:
+        values = refs.kv.at[step, page, geometry.num_parts - 1]
+        values[...] = jnp.zeros(values.shape, values.dtype)
+
+    if refs.window is not None:
+        pl.loop(0, begin)(zero)
+    pl.loop(whole, jnp.where(end > 0, geometry.num_pages, 0))(zero)
 
 
 def finish(refs: Refs, geometry: Geometry, num_mine, num_steps) -> None:
@@ -372,10 +381,13 @@ def kernel(refs: Refs, geometry: Geometry, scale: float, soft_cap: float | None)
         def one_block(block, carry):
             step, cursor, state = carry
             slot = step & (geometry.depth - 1)
-            cursor = start_pages(refs, geometry, step + geometry.depth - 1, cursor)
+            ahead = step + geometry.depth - 1
+            start_pages(refs, geometry, ahead)
             end = kv_len - (block << log2(geometry.kv))
             wait_for_pages(refs, geometry, slot, end)
             pl.when(end <= geometry.kv)(lambda: write_new(refs, geometry, index, number, slot, end))
+            # Here and not above: scalar work without branches costs nothing beside the matrix unit's.
+            cursor = start_table(refs, geometry, ahead + TABLES_AHEAD, cursor)
             state = attend_block(refs, geometry, slot, row_slot, end, state, scale, soft_cap)
             return step + 1, cursor, state
 
