@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.contract import Options
-from pallas_kernels.ragged_paged_attention.tpu_prefill_kernel import LOG2_E, Geometry, kernel
+from pallas_kernels.ragged_paged_attention.tpu_prefill_kernel import LOG2_E, RING, Geometry, Stages, kernel
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
     LANES,
     QUERY_ROWS,
@@ -123,22 +123,29 @@ def from_rows(results: jax.Array, schedule: PrefillSchedule, geo: Geometry) -> j
     return by_place.at[schedule.places].get(mode="clip")
 
 
+def stages(geo: Geometry) -> Stages:
+    """See `Stages`."""
+    widths = (geo.blocks.compute, jnp.float32), (geo.blocks.compute, geo.compute_dtype), (LANES, jnp.float32)
+    return Stages(*([pltpu.VMEM((1, geo.unit_rows, width), dtype)] * RING for width, dtype in widths))
+
+
 def call_kernel(
     geo: Geometry, laid_out, results, kv_pages, layer, schedule: PrefillSchedule, options: Options, interpret: Any
 ) -> jax.Array:
     window = jnp.int32(0) if options.window is None else options.window
-    scalars = jnp.stack([layer.reshape(()), window, schedule.counts[0]])
+    zero = jnp.int32(0)
+    scalars = jnp.stack([layer.reshape(()), window, schedule.counts[0], zero, zero])
     sinks = jnp.zeros(1, jnp.float32) if options.sinks is None else options.sinks
     operand = (geo.num_kv_heads, geo.rows, kv_pages.shape[-1])
     line = (geo.num_kv_heads, geo.rows, LANES)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         partial(kernel, geo),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[anywhere] * 4,
-            out_specs=anywhere,
+            in_specs=[in_hbm] * 4,
+            out_specs=in_hbm,
             scratch_shapes=[
                 pltpu.VMEM((2, *operand), laid_out.dtype),
                 pltpu.VMEM((2, *operand), results.dtype),
@@ -147,6 +154,7 @@ def call_kernel(
                 pltpu.VMEM(line, jnp.float32),
                 pltpu.VMEM(line, jnp.float32),
                 pltpu.VMEM(operand, jnp.float32),
+                stages(geo),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import ITEM_FIELDS, LANES, QUERY_ROWS, PrefillBlocks
+from pallas_kernels.ragged_paged_attention.tpu_write import select
 
 LOG2_E = float(np.log2(np.e))
 # Score of what must not be seen: finite, so that a row of which a block is all hidden has no NaN; what it adds is
@@ -26,6 +27,11 @@ LOG2_E = float(np.log2(np.e))
 LOWEST = -1e30
 # Copies that are started between two tests of a loop.
 PAGES_AT_ONCE = 8
+# Units between the stages of one (see `attend_block`), buffers for them, and units without a loop between them: 1, 4
+# and 8 heads of 4 units of 128 rows took ever fewer static bundles a head (libtpu 0.0.48, v5e and v6e, 2026-11-21).
+LEAD = 4
+RING = 2 * LEAD
+MAX_UNITS = 32
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,55 @@ class Geometry:
     windowed: bool
 
     @property
+    def unit_rows(self) -> int:
+        """Rows of an operand that go through softmax together: whole packed tiles that divide it."""
+        fits = [n for n in range(QUERY_ROWS, self.blocks.rows + 1, QUERY_ROWS) if self.rows % n == 0]
+        return fits[-1]
+
+    @property
+    def units_at_once(self) -> int:
+        """Units without a loop between them: all, some heads' or some of a head's."""
+        a_head = self.rows // self.unit_rows
+        sizes = [n * a_head for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0]
+        sizes += [n for n in range(1, a_head) if a_head % n == 0]
+        return max(n for n in sizes if n <= MAX_UNITS)
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_kv_heads * (self.rows // self.unit_rows) // self.units_at_once
+
+    def unit(self, group, number: int) -> "Unit":
+        """A unit of a group of `units_at_once`."""
+        a_head, at_once = self.rows // self.unit_rows, self.units_at_once
+        if at_once >= a_head:
+            head, row = group * (at_once // a_head) + number // a_head, number % a_head
+        else:
+            groups_a_head = a_head // at_once
+            head, row = lax.div(group, groups_a_head), lax.rem(group, groups_a_head) * at_once + number
+        row = row * self.unit_rows
+        return Unit(head, row if isinstance(row, int) else pl.multiple_of(row, QUERY_ROWS), number % RING)
+
+    @property
     def block_pages(self) -> int:
         return self.blocks.fetch // self.page_size
 
 
+class Stages(NamedTuple):
+    """What units of work hand on, RING buffers each: scores f32[1, unit_rows, compute], exponentials of them in the
+    compute dtype, and f32[1, unit_rows, LANES], by how much earlier sums shrink.
+    """
+
+    scores: Any
+    weights: Any
+    decays: Any
+
+
 class Refs(NamedTuple):
-    """In scalar memory: items, scalars i32[3] (layer, window, count), v_scale f32[K], sinks f32[N], page_ids
+    """In scalar memory: items, scalars i32[5] (layer, window, count, 0, 0), v_scale f32[K], sinks f32[N], page_ids
     i32[2, 1, M']. In HBM: queries and outputs [K, G, T', W] (tiles) or [R, K, rows, W] (rows), page_table
     i32[R, 1, M'], kv_pages. In VMEM: q_buf, o_buf [2, K, rows, W], kv_buf [2, pages, S, K, C, W], and of each head, in
-    f32, the running maximum and the sums by lane [K, rows, LANES] and the accumulator [K, rows, W].
+    f32, the running maximum and the sums by lane [K, rows, LANES] and the accumulator [K, rows, W]. stages: see
+    `Stages`.
     """
 
     items: Any
@@ -81,6 +127,7 @@ class Refs(NamedTuple):
     maximum: Any
     total: Any
     accumulator: Any
+    stages: Any
     q_sems: Any
     o_sems: Any
     old_sem: Any
@@ -191,26 +238,20 @@ def wait_pages(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
 # Arithmetic
 
 
-def keys_values(geo: Geometry, refs: Refs, slot, head, first_page, num_pages: int) -> tuple[jax.Array, jax.Array]:
-    """[S, W] each of a head, in the compute dtype; the same array where they lie side by side."""
-    rows = num_pages * geo.page_size
-    both = [
-        refs.kv_buf[slot, pl.ds(first_page, num_pages), kind, head].astype(geo.compute_dtype).reshape(rows, -1)
-        for kind in range(geo.num_kinds)
-    ]
-    return both[0], both[-1]
+def tokens_of(geo: Geometry, refs: Refs, slot, kind: int, head, first_page, num_pages: int) -> jax.Array:
+    """Keys (kind 0) or values (-1) [S, W] of a head, in the compute dtype; the same where they lie side by side."""
+    pages = refs.kv_buf[slot, pl.ds(first_page, num_pages), kind % geo.num_kinds, head]
+    return pages.astype(geo.compute_dtype).reshape(num_pages * geo.page_size, -1)
 
 
-def scores(geo: Geometry, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """f32[rows, S] in units of log2(e)."""
+def product(geo: Geometry, left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """f32: `left` [rows, x] times `right`, of which `axis` is x."""
     precision = lax.Precision.HIGHEST if geo.compute_dtype == jnp.float32 else None
-    raw = lax.dot_general(
-        queries, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return raw if geo.soft_cap is None else jnp.tanh(raw) * (geo.soft_cap * LOG2_E)
+    dimensions = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def visible(geo: Geometry, refs: Refs, it: Item, kv_start, row: int, num_rows: int, num_kv: int) -> jax.Array:
+def visible(geo: Geometry, refs: Refs, it: Item, kv_start, row, num_rows: int, num_kv: int) -> jax.Array:
     """bool[num_rows, num_kv]: what rows `row ..` of an operand see of the positions from `kv_start` on."""
     query = (lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 0) + row) & (geo.period - 1)
     ahead = lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 1) - query
@@ -222,40 +263,108 @@ def visible(geo: Geometry, refs: Refs, it: Item, kv_start, row: int, num_rows: i
     return (ahead <= offset) & (ahead > offset - reach)
 
 
-def accumulate(geo: Geometry, refs: Refs, head, rows, s: jax.Array, values: jax.Array) -> None:
-    """One step of softmax over blocks for `rows` of a head: s f32[rows, S], values [S, W]."""
-    num_lines = s.shape[1] // LANES
-    before = refs.maximum[head, rows]
+class Block(NamedTuple):
+    """What is multiplied at once: an item's number, a buffer, some pages of it and the position of their first token;
+    item is None where no query needs a mask.
+    """
+
+    index: Any
+    slot: Any
+    first_page: Any
+    num_pages: int
+    kv_start: Any
+    item: Item | None
+
+
+class Unit(NamedTuple):
+    """A part of a block's work: some rows of a head, and the buffers they use."""
+
+    head: Any
+    row: Any
+    ring: int
+
+
+def multiply_keys(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
+    """Scores in units of log2(e) (before the soft cap: of it)."""
+    keys = tokens_of(geo, refs, block.slot, 0, unit.head, block.first_page, block.num_pages)
+    queries = refs.q_buf[lax.rem(block.index, 2), unit.head, pl.ds(unit.row, geo.unit_rows)]
+    refs.stages.scores[unit.ring][refs.scalars[3], :, : keys.shape[0]] = product(geo, queries, keys, 1)
+
+
+def weigh(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
+    """Softmax so far: exponentials of the scores, and what they change of the state; a few rows after the other, so
+    that few registers are in use.
+    """
+    size = next(n for n in (32, QUERY_ROWS) if geo.unit_rows % n == 0)
+    for row in range(0, geo.unit_rows, size):
+        weigh_rows(geo, refs, block, unit, row, size)
+
+
+def weigh_rows(geo: Geometry, refs: Refs, block: Block, unit: Unit, row: int, size: int) -> None:
+    """`weigh` for rows `row .. row + size - 1` of a unit."""
+    here, rows, num_kv = slice(row, row + size), pl.ds(unit.row + row, size), block.num_pages * geo.page_size
+    s = refs.stages.scores[unit.ring][refs.scalars[4], here, :num_kv]
+    if geo.soft_cap is not None:
+        s = jnp.tanh(s) * (geo.soft_cap * LOG2_E)
+    if block.item is not None:
+        s = jnp.where(visible(geo, refs, block.item, block.kv_start, unit.row + row, size, num_kv), s, LOWEST)
+    before = refs.maximum[unit.head, rows]
     top = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+    num_lines = num_kv // LANES
     p = jnp.exp2(s - jnp.concatenate([top] * num_lines, axis=1))
     decay = jnp.exp2(before - top)
     lines = [p[:, i * LANES : (i + 1) * LANES] for i in range(num_lines)]
-    precision = lax.Precision.HIGHEST if geo.compute_dtype == jnp.float32 else None
-    product = jnp.dot(p.astype(geo.compute_dtype), values, precision=precision, preferred_element_type=jnp.float32)
-    refs.maximum[head, rows] = top
-    refs.total[head, rows] = refs.total[head, rows] * decay + sum(lines[1:], lines[0])
+    refs.maximum[unit.head, rows] = top
+    refs.total[unit.head, rows] = refs.total[unit.head, rows] * decay + sum(lines[1:], lines[0])
+    refs.stages.weights[unit.ring][refs.scalars[3], here, :num_kv] = p.astype(geo.compute_dtype)
+    refs.stages.decays[unit.ring][refs.scalars[3], here] = decay
+
+
+def multiply_values(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
+    rows, num_kv = pl.ds(unit.row, geo.unit_rows), block.num_pages * geo.page_size
+    values = tokens_of(geo, refs, block.slot, -1, unit.head, block.first_page, block.num_pages)
+    weights = refs.stages.weights[unit.ring][refs.scalars[4], :, :num_kv]
+    decay = refs.stages.decays[unit.ring][refs.scalars[4]]
     decays = jnp.concatenate([decay] * (values.shape[1] // LANES), axis=1)
-    refs.accumulator[head, rows] = refs.accumulator[head, rows] * decays + product
+    refs.accumulator[unit.head, rows] = refs.accumulator[unit.head, rows] * decays + product(geo, weights, values, 0)
 
 
-def attend_block(geo: Geometry, refs: Refs, index, slot, first_page, num_pages: int, mask: Any) -> None:
-    """All heads against some pages of a buffer. mask: None, or (item, position of the first page)."""
+def attend_block(geo: Geometry, refs: Refs, block: Block) -> None:
+    """All heads against a block, unit by unit: while one goes through softmax, the matrix unit has the scores of one
+    LEAD units later and the values of one LEAD units earlier.
 
-    def head(h, _):
-        keys, values = keys_values(geo, refs, slot, h, first_page, num_pages)
-        if mask is not None:
-            it, kv_start = mask
-            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) < it.kv_end - kv_start
-            values = jnp.where(held, values, jnp.zeros_like(values))
-        size = min(geo.blocks.rows, geo.rows)
-        for row in range(0, geo.rows, size):
-            rows = pl.ds(row, size)
-            s = scores(geo, refs.q_buf[lax.rem(index, 2), h, rows], keys)
-            if mask is not None:
-                s = jnp.where(visible(geo, refs, mask[0], mask[1], row, size, s.shape[1]), s, LOWEST)
-            accumulate(geo, refs, h, rows, s, values)
+    What they hand on lies in buffers, written and read at indices 0 that the compiler does not know to be equal: else
+    it keeps it in registers and spills them.
+    """
 
-    lax.fori_loop(0, geo.num_kv_heads, head, None)
+    def group(g, _=None):
+        units = [geo.unit(g, number) for number in range(geo.units_at_once)]
+        for now in range(-LEAD, len(units) + LEAD):
+            for stage, number in ((multiply_values, now - LEAD), (multiply_keys, now + LEAD), (weigh, now)):
+                if 0 <= number < len(units):
+                    stage(geo, refs, block, units[number])
+
+    if geo.num_groups == 1:
+        group(0)
+    else:
+        lax.fori_loop(0, geo.num_groups, group, None)
+
+
+def clear_tail(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
+    """Zeros the values behind the item's last position, as far as masked blocks go: a weight of 0 times NaN is NaN."""
+    page, begin = geo.page_size, block * geo.blocks.fetch
+    left = it.kv_end - begin
+    end = lax.div(left + geo.blocks.masked - 1, geo.blocks.masked) * (geo.blocks.masked // page)
+
+    def clear_page(i, _):
+        def head(k, _):
+            values = refs.kv_buf[slot, i, geo.num_kinds - 1, k]
+            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) < left - i * page
+            refs.kv_buf[slot, i, geo.num_kinds - 1, k] = select(held, values, jnp.zeros_like(values))
+
+        lax.fori_loop(0, geo.num_kv_heads, head, None)
+
+    lax.fori_loop(lax.div(left, page), end, clear_page, None)
 
 
 def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> None:
@@ -267,17 +376,22 @@ def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> N
 
     @pl.when(whole)
     def _():
-        for part in range(blocks.fetch // blocks.compute):
-            attend_block(geo, refs, index, slot, part * (blocks.compute // page), blocks.compute // page, None)
+        size = blocks.compute // page
+
+        def part(i, _):
+            attend_block(geo, refs, Block(index, slot, i * size, size, begin + i * blocks.compute, None))
+
+        lax.fori_loop(0, blocks.fetch // blocks.compute, part, None)
 
     @pl.when(jnp.logical_not(whole))
     def _():
         low = jnp.maximum(lowest_seen(geo, refs, it.position + it.low), begin) - begin
         high = jnp.minimum(it.kv_end, end) - begin
+        size = blocks.masked // page
+        pl.when(it.kv_end < end)(lambda: clear_tail(geo, refs, it, block, slot))
 
         def part(i, _):
-            pages = blocks.masked // page
-            attend_block(geo, refs, index, slot, i * pages, pages, (it, begin + i * blocks.masked))
+            attend_block(geo, refs, Block(index, slot, i * size, size, begin + i * blocks.masked, it))
 
         lax.fori_loop(lax.div(low, blocks.masked), lax.div(high + blocks.masked - 1, blocks.masked), part, None)
 
@@ -301,14 +415,27 @@ def clear(geo: Geometry, refs: Refs) -> None:
     lax.fori_loop(0, geo.num_kv_heads, head, None)
 
 
+def inverse_sums(geo: Geometry, lanes: jax.Array) -> jax.Array:
+    """1 over the sum over lanes, in each lane. For bfloat16 by the matrix unit, which is idle here, in two halves that
+    keep 16 bits together.
+    """
+    if geo.compute_dtype == jnp.float32:
+        return jnp.broadcast_to(1 / jnp.sum(lanes, axis=1, keepdims=True), lanes.shape)
+    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+    high = lanes.astype(jnp.bfloat16)
+    low = (lanes - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return pltpu.reciprocal(product(geo, high, ones, 0) + product(geo, low, ones, 0), approx=True)
+
+
 def finish(geo: Geometry, refs: Refs, it: Item, index) -> None:
     """Writes the item's outputs to their buffer, among what tokens of others had where the tile has such."""
     slot, dtype = lax.rem(index, 2), refs.o_buf.dtype
     shared = is_shared(geo, it)
 
     def head(h, merge: bool):
-        total = jnp.sum(refs.total[h], axis=1, keepdims=True)
-        new = (refs.accumulator[h] * (refs.v_scale[h] / total)).astype(dtype)
+        factor = inverse_sums(geo, refs.total[h]) * refs.v_scale[h]
+        factors = jnp.concatenate([factor] * (refs.accumulator.shape[2] // LANES), axis=1)
+        new = (refs.accumulator[h] * factors).astype(dtype)
         if merge:
             query = lax.broadcasted_iota(jnp.int32, new.shape, 0) & (geo.period - 1)
             new = jnp.where((query >= it.low) & (query < it.high), new, refs.o_buf[slot, h])

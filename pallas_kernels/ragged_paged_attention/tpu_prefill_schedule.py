@@ -48,7 +48,7 @@ class PrefillBlocks:
         fetch = max(512, page)
         packed = QUERY_ROWS if jnp.dtype(spec.kv_dtype).itemsize > 1 else WINDOW_ROWS
         write = min(page, packed if few else 128)
-        return PrefillBlocks(queries, fetch, max(256, page), max(128, page), 128, write)
+        return PrefillBlocks(queries, fetch, max(512, page), max(256, page), 128, write)
 
 
 @register_dataclass

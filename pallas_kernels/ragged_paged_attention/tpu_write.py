@@ -151,14 +151,14 @@ def write(
     size, window, dtype = schedule.blocks.write, window_rows(schedule.blocks), kv_pages.dtype
     padding = padded_tokens(num_tokens, schedule.blocks) - num_tokens
     head_major = jnp.pad(jnp.transpose(new_kv, (1, 2, 0, 3)), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(1,),
-            in_specs=[anywhere, anywhere],
-            out_specs=anywhere,
+            in_specs=[in_hbm, in_hbm],
+            out_specs=in_hbm,
             scratch_shapes=[
                 pltpu.VMEM((2, num_kinds, num_heads, window, width), dtype),
                 pltpu.VMEM((NUM_GROUPS, num_kinds, num_heads, size, width), dtype),
