@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.families import FAMILIES
 from checkpoints.rules import map_tensors
 from checkpoints.safetensors_reader import open_safetensors
-from checkpoints.tensors import cast
+from checkpoints.tensors import LazyTensor, cast
 
 COPIED_FILES = (
     CONFIG_FILE,
@@ -26,19 +27,36 @@ COPIED_FILES = (
     "chat_template.json",
 )
 
+type Quantize = Callable[[str, LazyTensor], Mapping[str, np.ndarray] | None]
 
-def convert(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: Any = None,
+    quantization: str | None = None,
+    quantize: Quantize | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Reads the model folder `source` and writes it to `target`, which must not exist.
 
     Everything is written beside `target` first and renamed at the end, so a target that exists is whole. Weights are
-    mapped from the file tensor by tensor, never all in memory unless `dtype` (of the result; None keeps the file's)
-    makes copies of them.
+    mapped from the file tensor by tensor; only what `dtype` or `quantize` change is copied.
+
+    Args:
+      dtype: of the result; None keeps the file's.
+      quantization: the name of what `quantize` does, kept in the manifest.
+      quantize: from a path of the tree and its tensor to the arrays stored instead, by path; None leaves the tensor.
+      extra: arrays stored beside the weights, by path.
 
     Raises CheckpointError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
         raise CheckpointError(target, "exists already; choose another folder or remove it")
+    if orbax_store.is_store(source):
+        raise CheckpointError(source, "is converted already; name the folder it was converted from")
     config = read_config(source)
     tree = map_tensors(open_safetensors(source), FAMILIES[config["family"]], config, source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +65,11 @@ def convert(source: str | Path, target: str | Path, *, dtype: Any = None) -> Non
         for name in COPIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        arrays: dict[str, np.ndarray] = {
-            path: (tensor if dtype is None else cast(tensor, dtype))[...] for path, tensor in tree.items()
-        }
-        orbax_store.save(partial, arrays)
+        arrays: dict[str, np.ndarray] = dict(extra or {})
+        for path, tensor in tree.items():
+            changed = None if quantize is None else quantize(path, tensor)
+            arrays |= changed or {path: (tensor if dtype is None else cast(tensor, dtype))[...]}
+        orbax_store.save(partial, arrays, quantization=quantization)
         partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server's own user
         partial.rename(target)
     except BaseException:

@@ -31,9 +31,13 @@ def is_store(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).exists()
 
 
-def save(folder: str | Path, params: "Mapping[str, np.ndarray | jax.Array]") -> None:
+def save(
+    folder: str | Path, params: "Mapping[str, np.ndarray | jax.Array]", *, quantization: str | None = None
+) -> None:
     """Writes arrays by tree path ("layers/0/q/weight"), then the manifest. The folder must exist and hold no
     checkpoint.
+
+    quantization: what was done to the weights, by name, for `stored_quantization`.
 
     Raises CheckpointError when it holds one already.
     """
@@ -47,7 +51,7 @@ def save(folder: str | Path, params: "Mapping[str, np.ndarray | jax.Array]") -> 
     tensors = {
         path: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name} for path, array in params.items()
     }
-    manifest = {"format": FORMAT, "version": VERSION, "tensors": tensors}
+    manifest = {"format": FORMAT, "version": VERSION, "quantization": quantization, "tensors": tensors}
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     partial.rename(folder / MANIFEST)
@@ -59,18 +63,35 @@ def stored(folder: str | Path) -> dict[str, TensorInfo]:
     Raises CheckpointError when it was never finished, or when its manifest is malformed or of another version.
     """
     path = Path(folder) / MANIFEST
+    tensors = read_manifest(folder).get("tensors")
+    if not isinstance(tensors, dict) or len(tensors) > MAX_TENSORS_PER_FILE:
+        raise CheckpointError(path, "tensors is not a map of bounded size")
+    if not (Path(folder) / PARAMS / "_CHECKPOINT_METADATA").is_file():
+        raise CheckpointError(folder, f"{PARAMS} is missing or was never finished")
+    return {name: parse_info(path, name, entry) for name, entry in tensors.items()}
+
+
+def stored_quantization(folder: str | Path) -> str | None:
+    """What `save` was told of the weights; None where they are as the model's publisher made them.
+
+    Raises CheckpointError as `stored`, and when it is no name.
+    """
+    name = read_manifest(folder).get("quantization")
+    if not isinstance(name, str | None):
+        raise CheckpointError(Path(folder) / MANIFEST, f"quantization is {name!r}, expected a name or null")
+    return name
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest, of the version that this code writes. Raises CheckpointError."""
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(folder, f"has no {MANIFEST}: saving it was never finished")
     manifest = read_json(path, MAX_MANIFEST_BYTES)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
         raise CheckpointError(path, f"is {found}, expected {FORMAT!r} version {VERSION}; convert the model again")
-    tensors = manifest.get("tensors")
-    if not isinstance(tensors, dict) or len(tensors) > MAX_TENSORS_PER_FILE:
-        raise CheckpointError(path, "tensors is not a map of bounded size")
-    if not (Path(folder) / PARAMS / "_CHECKPOINT_METADATA").is_file():
-        raise CheckpointError(folder, f"{PARAMS} is missing or was never finished")
-    return {name: parse_info(path, name, entry) for name, entry in tensors.items()}
+    return manifest
 
 
 def parse_info(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -86,7 +107,7 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
     sharding.
 
     Args:
-      targets: exactly the paths of `stored(folder)`, with their stored shapes.
+      targets: paths of `stored(folder)`, all or some, with their stored shapes; the others are not read.
 
     Raises CheckpointError when a path, a shape or the data is not as the manifest says.
     """
@@ -96,9 +117,15 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
     for path, target in targets.items():
         if path not in found or found[path].shape != tuple(target.shape):
             raise CheckpointError(folder, f"{path}: expected shape {target.shape}, found {found.get(path)}")
+    if not targets:
+        return {}
+    item = nested(targets)
+    wanted = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(Path(folder).resolve() / PARAMS, nested(targets))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(Path(folder).resolve() / PARAMS, args=wanted)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(folder, f"cannot be restored: {str(error).splitlines()[0]}") from error
     return {path: lookup(tree, path) for path in targets}

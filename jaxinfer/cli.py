@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jaxinfer
 from jaxinfer import shadowing
 from jaxinfer.errors import InvalidRequest, JaxInferError
-from jaxinfer.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, checked_sampling, count, given
+from jaxinfer.options import DOCTOR_OPTIONS, ENGINE_OPTIONS, SAMPLING_OPTIONS, checked_sampling, count, given
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
@@ -118,9 +118,10 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from jaxinfer import loading
+    from jaxinfer import conversion
 
-    loading.convert(args.source, args.target, dtype=None if args.dtype == "auto" else args.dtype)
+    conversion.convert(args.source, args.target, dtype=None if args.dtype == "auto" else args.dtype,
+                       quantization=args.quantization, with_kv_ranges=args.kv_ranges)
     print(f"wrote {args.target}")
     return 0
 
@@ -138,7 +139,7 @@ def bench(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from jaxinfer import doctor as report
 
-    findings = report.examine(model_of(args))
+    findings = report.examine(model_of(args), **given(args, DOCTOR_OPTIONS))
     print(json.dumps(findings.as_dict(), indent=2) if args.json else findings.text())
     return EXIT_FAILED if findings.warnings else 0
 
@@ -311,13 +312,21 @@ def add_convert(commands: Any) -> None:
         convert,
         "SOURCE TARGET",
         "write a model folder in our own form, which loads faster",
-        "jaxinfer convert ~/models/Qwen3-0.6B ~/models/Qwen3-0.6B-jaxinfer --dtype bfloat16",
+        "jaxinfer convert ~/models/Qwen3-0.6B ~/models/Qwen3-0.6B-jaxinfer --quantization int8",
     )
     parser.add_argument("source", metavar="SOURCE", help="model folder in the Hugging Face layout")
     parser.add_argument("target", metavar="TARGET", help="folder to write; must not exist")
     dtypes = ("auto", "bfloat16", "float32")
     parser.add_argument(
         "--dtype", default="auto", choices=dtypes, help="of the result (default: auto, the checkpoint's)"
+    )
+    parser.add_argument(
+        "--quantization", metavar="TEXT", help="int8 (weights and activations) or int8_weight_only (default: none)"
+    )
+    parser.add_argument(
+        "--kv-ranges",
+        action="store_true",
+        help="run the model once and store how large keys and values get: int8 and fp8 pages then need no measuring",
     )
 
 
@@ -348,6 +357,8 @@ def add_doctor(commands: Any) -> None:
         "jaxinfer doctor ~/models/Qwen3-0.6B",
     )
     add_model(parser)
+    for option in DOCTOR_OPTIONS:
+        option.add_to(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

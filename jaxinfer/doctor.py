@@ -1,11 +1,9 @@
 """`jaxinfer doctor`: what this machine has, what would run on it, and what is amiss."""
 
-import dataclasses
-import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from jaxinfer.cache_folder import ENTRIES, cache_folder, problem_with
 from jaxinfer.errors import JaxInferError
+from jaxinfer.start_options import QUANTIZATIONS, Options
 
 DISTRIBUTIONS = (
     "jaxinfer", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "orbax-checkpoint",
@@ -20,6 +19,9 @@ DISTRIBUTIONS = (
 )  # fmt: skip
 
 SHOWN_VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+SHOWN_ROWS = (1, 64, 2048)
+"""Packed tokens of the int8 matmuls that are shown: one row, a batch of decode rows, a prefill."""
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 NVIDIA_PCI_VENDOR = "0x10de"
@@ -46,14 +48,14 @@ class Findings:
         return "\n".join(lines)
 
 
-def examine(model: str = "demo") -> Findings:
-    """Looks at everything; starts jax."""
+def examine(model: str = "demo", **options: Any) -> Findings:
+    """Looks at everything; starts jax. options: those of DOCTOR_OPTIONS that were given."""
     findings = Findings()
     findings.sections["versions"] = versions()
     findings.sections["machine"] = machine()
     findings.sections["devices"] = devices(findings.warnings)
     findings.sections["compile cache"] = cache(findings.warnings)
-    findings.sections[f"what would run ({model})"] = implementations(model, findings.warnings)
+    findings.sections[f"what would run ({model})"] = would_run(model, options, findings.warnings)
     return findings
 
 
@@ -134,53 +136,36 @@ def cache(warnings: list[str]) -> list[tuple[str, str]]:
     return [("folder", str(folder)), ("entries", f"{len(sizes)}, {gibibytes(sum(sizes))}")]
 
 
-def implementations(model: str, warnings: list[str]) -> list[tuple[str, str]]:
-    """Each operation of the model with every implementation, the chosen one marked, the reasons against the others."""
-    try:
-        shape = shape_of(model)
-    except (JaxInferError, OSError, ValueError, KeyError) as error:
-        warnings.append(f"cannot read the shape of {model}: {error}")
-        return []
-    from pallas_kernels import int8_matmul, ragged_paged_attention
+def would_run(model: str, options: Mapping[str, Any], warnings: list[str]) -> list[tuple[str, str]]:
+    """Each operation of the model with every implementation, the chosen one marked, the reasons against the others.
 
-    attention = ragged_paged_attention.AttentionSpec(shape.num_heads, shape.num_kv_heads, shape.head_dim, page_size=16)
-    matmul = int8_matmul.Int8MatmulSpec(64, shape.hidden_size, shape.intermediate_size, quantize_activations=False)
-    operations = {
-        "attention, prefill": ragged_paged_attention.explain(attention),
-        "attention, decode": ragged_paged_attention.explain(dataclasses.replace(attention, max_q_len=1)),
-        "int8 matmul": int8_matmul.explain(matmul),
-    }
+    Without `quantization` both kinds of int8 matmul are shown, for a row or two and for many.
+    """
+    from jaxinfer import implementations, loading
+    from jaxinfer.params import default_layer_loop
+    from jaxinfer.quantization import WEIGHT_FORMATS
+    from jaxinfer.startup import KV_DTYPES, choose_dtype
+
+    try:
+        chosen = Options(model=model, **options)
+        chosen.validate()
+        folder = loading.model_folder(model)
+        config, dtype = loading.read_config(folder), choose_dtype(chosen.dtype, folder)
+        quantization = loading.served_quantization(folder, chosen.quantization)
+        operations: dict[str, Any] = {}
+        for name in QUANTIZATIONS if quantization is None else (quantization,):
+            found = implementations.explained(implementations.Served(
+                config, dtype, KV_DTYPES.get(chosen.kv_cache_dtype, dtype), chosen.page_size, WEIGHT_FORMATS[name],
+                chosen.tensor_parallel_size, SHOWN_ROWS, default_layer_loop() == "scanned"))
+            operations |= {key.replace("int8 matmul", f"{name} matmul"): verdicts for key, verdicts in found.items()}
+    except (JaxInferError, OSError) as error:
+        warnings.append(f"cannot tell what would run for {model}: {error}")
+        return []
     return [(f"{name}: {one.implementation}", outcome(one)) for name, all in operations.items() for one in all]
 
 
 def outcome(verdict: Any) -> str:
     return "chosen" if verdict.chosen else "; ".join(verdict.reasons) or "could serve; a better one does"
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes that the choice of an implementation depends on."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    intermediate_size: int
-
-
-def shape_of(model: str) -> Shape:
-    """From the model's config.json; raises KeyError, ValueError, OSError or ModelFormatError."""
-    from jaxinfer import loading
-
-    config = json.loads((loading.model_folder(model) / "config.json").read_text())
-    num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-    return Shape(
-        num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or hidden_size // num_heads,
-        hidden_size=hidden_size,
-        intermediate_size=config["intermediate_size"],
-    )
 
 
 def gibibytes(size: float) -> str:

@@ -15,8 +15,9 @@ from jaxinfer import sharding
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidConfig
 from pallas_kernels import ragged_paged_attention as attention
-from pallas_kernels.dispatch import Unsupported, device_of
+from pallas_kernels.dispatch import Device, Unsupported, current_device, device_of
 from pallas_kernels.ragged_paged_attention.api import named
+from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +71,49 @@ class KVCache:
         return jnp.zeros(self.shape, self.dtype, device=self.sharding)
 
 
+def attention_spec(
+    config: ModelConfig, *, page_size: int, dtype: Any, kv_dtype: Any = None, shards: int = 1,
+    max_q_len: int | None = None, device: Device | None = None,
+) -> attention.AttentionSpec:  # fmt: skip
+    """The attention calls of a model on one of `shards`, as implementations are chosen by.
+
+    device: what they are compiled for; None is where a call would run.
+
+    Raises InvalidConfig when the model cannot be cut so.
+    """
+    kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
+    return attention.AttentionSpec(
+        num_q_heads=config.num_heads // shards,
+        num_kv_heads=sharding.sharded_sizes(config, shards).num_kv_heads // shards,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_q_len=max_q_len,
+        scales=is_scaled(kv_dtype),
+        device=device or current_device(),
+    )
+
+
 def kv_cache(
     config: ModelConfig,
     *,
     num_pages: int,
     page_size: int,
     dtype: Any,
+    kv_dtype: Any = None,
     mesh: Mesh | None = None,
     implementation: str | None = None,
 ) -> KVCache:
     """The pages of a model on a mesh; `implementation` None takes the first attention that can serve it.
 
+    dtype: of activations. kv_dtype: of the pages; that of the activations when None.
+
     Raises InvalidConfig with every reason when none can, or when the model cannot be cut over the mesh.
     """
     shards = sharding.tensor_parallel_size(mesh)
-    sizes = sharding.sharded_sizes(config, shards)
-    spec = attention.AttentionSpec(
-        num_q_heads=config.num_heads // shards,
-        num_kv_heads=sizes.num_kv_heads // shards,
-        head_dim=config.head_dim,
-        page_size=page_size,
-        dtype=dtype,
-        kv_dtype=dtype,
-        device=device_of(mesh),
+    spec = attention_spec(
+        config, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype, shards=shards, device=device_of(mesh)
     )
     try:
         implementation = attention.resolve(spec, implementation)
@@ -102,9 +123,9 @@ def kv_cache(
         config.num_layers,
         num_pages,
         page_size,
-        sizes.num_kv_heads,
+        spec.num_kv_heads * shards,
         config.head_dim,
-        jnp.dtype(dtype),
+        jnp.dtype(spec.kv_dtype),
         implementation,
         mesh,
     )

@@ -19,12 +19,14 @@ class QuantizedWeight:
     format: "int8" (weights only) or "int8_dynamic" (activations quantised per token in the kernel too).
     layer: i32[], which entry of stacks [L, ...] of all these is meant; None where there is no stack. A kernel takes
     stack and index, since a slice that is its operand would be copied first.
+    implementation: of the int8 matmul, by name; None takes the one that is chosen for each call.
     """
 
     values: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
     format: str = flax.struct.field(pytree_node=False, default="int8")
+    implementation: str | None = flax.struct.field(pytree_node=False, default=None)
     layer: jax.Array | None = None
 
 
@@ -89,8 +91,9 @@ def quantized_matmul(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> j
         raise InvalidConfig("quantization", f"{weight.format!r} is not int8 or int8_dynamic without zero points")
     dynamic = weight.format == "int8_dynamic"
     y = int8_matmul(
-        x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=out_dtype, layer=weight.layer
-    )
+        x, weight.values, weight.scale, quantize_activations=dynamic, out_dtype=out_dtype, layer=weight.layer,
+        implementation=weight.implementation,
+    )  # fmt: skip
     return jnp.asarray(y)
 
 

@@ -1,13 +1,14 @@
 """A model folder to placed parameters. The only importer of `checkpoints`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from tqdm.auto import tqdm
 
@@ -19,7 +20,8 @@ from checkpoints.families import FAMILIES
 from checkpoints.safetensors_reader import open_safetensors
 from jaxinfer import sharding
 from jaxinfer.config import ModelConfig, RopeConfig
-from jaxinfer.errors import ModelFormatError
+from jaxinfer.errors import InvalidConfig, ModelFormatError
+from jaxinfer.kv_scales import KVRanges
 from jaxinfer.linear import QuantizedWeight
 from jaxinfer.params import (
     LayerLoop,
@@ -38,17 +40,24 @@ from jaxinfer.quantization import WEIGHT_FORMATS, quantized, spec_of
 from jaxinfer.stacking import stacked
 
 DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
+KV_RANGE_PATHS = ("kv_ranges/keys", "kv_ranges/values")
 PROGRESS_AFTER_SECONDS = 2.0
 MISFIT_HINT = "download the model again, or take the config.json that belongs to it"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model on its devices. folder: where its tokenizer files are."""
+    """A model on its devices.
+
+    folder: where its tokenizer files are. quantization: of its weights, as asked for or as they were stored.
+    kv_ranges: of keys and values, where the model was converted with them.
+    """
 
     config: ModelConfig
     params: Params
     folder: Path
+    quantization: str | None = None
+    kv_ranges: KVRanges | None = None
 
 
 def load_model(
@@ -70,30 +79,74 @@ def load_model(
 
     Raises:
       ModelFormatError: naming the file or tensor, what was expected and what was found.
-      InvalidConfig: the model cannot be cut over the mesh.
+      InvalidConfig: the model cannot be cut over the mesh, or was converted with another quantization.
     """
     folder = model_folder(model)
+    kv_ranges = None
     try:
         raw = config_reader.read_config(folder)
         config = model_config(raw)
         layer_loop = layer_loop or default_layer_loop(mesh)
         if orbax_store.is_store(folder):
-            params = restore_params(folder, config, dtype, mesh, layer_loop)
+            quantization = served_quantization(folder, quantization)
+            params = restore_params(folder, config, dtype, mesh, layer_loop, WEIGHT_FORMATS[quantization])
+            kv_ranges = restore_kv_ranges(folder, config)
         else:
             lazy = rules.map_tensors(open_safetensors(folder), FAMILIES[config.family], raw, folder)
             params = place_params(lazy, config, folder, dtype, mesh, layer_loop, WEIGHT_FORMATS[quantization])
     except CheckpointError as error:
         raise ModelFormatError(str(error)) from error
-    return LoadedModel(config, params, folder)
+    return LoadedModel(config, params, folder, quantization, kv_ranges)
 
 
-def convert(model: str | Path, target: str | Path, dtype: str | None = None) -> None:
-    """Writes a model in our own Orbax form, with its config and tokenizer files, to `target`, which must not exist.
+def served_quantization(folder: Path, wanted: str | None) -> str | None:
+    """What the weights of a folder are served with: what it was converted with, which `wanted` must not contradict.
 
-    dtype: of the stored weights; None keeps the file's. Raises ModelFormatError.
+    Raises InvalidConfig, and ModelFormatError for a folder that cannot be read or a name that is not known here.
     """
     try:
-        checkpoints.convert.convert(model_folder(model), target, dtype=None if dtype is None else jnp.dtype(dtype))
+        stored = orbax_store.stored_quantization(folder) if orbax_store.is_store(folder) else None
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
+    if stored not in WEIGHT_FORMATS:
+        raise ModelFormatError(f"{folder}: quantization {stored!r} is not known; convert the model again")
+    if stored is not None and wanted not in (None, stored):
+        raise InvalidConfig(
+            "quantization",
+            f"{wanted!r}, but {folder} was converted with {stored!r}; leave it out, or name the original model, or "
+            f"convert that with --quantization {wanted}",
+        )
+    return stored or wanted
+
+
+def write(
+    folder: Path,
+    target: str | Path,
+    *,
+    dtype: Any,
+    quantization: str | None,
+    quantize: checkpoints.convert.Quantize,
+    kv_ranges: KVRanges | None,
+) -> None:
+    """What `conversion.convert` writes, of the model in `folder`; `quantize` as in `checkpoints.convert`.
+
+    Raises ModelFormatError.
+    """
+    extra: dict[str, np.ndarray] = {}
+    if kv_ranges is not None:
+        extra.update(zip(KV_RANGE_PATHS, kv_ranges, strict=True))
+    try:
+        checkpoints.convert.convert(
+            folder, target, dtype=dtype, quantization=quantization, quantize=quantize, extra=extra
+        )
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config.json of a folder. Raises ModelFormatError."""
+    try:
+        return model_config(config_reader.read_config(folder))
     except CheckpointError as error:
         raise ModelFormatError(str(error)) from error
 
@@ -109,6 +162,11 @@ def stored_dtype(folder: Path) -> str | None:
         raise ModelFormatError(str(error)) from error
     name = config.get("dtype") or config.get("torch_dtype")
     return name if isinstance(name, str) else None
+
+
+def dtype_of(folder: Path) -> str:
+    """"float32" where the weights are stored so, else "bfloat16": what dtype="auto" means."""
+    return "float32" if stored_dtype(folder) == "float32" else "bfloat16"
 
 
 def model_folder(model: str | Path) -> Path:
@@ -195,11 +253,11 @@ def check_tensors(
             f"{folder}: config.json has no place for {len(surplus)} tensors: {rules.shorten(surplus)}"
         )
     check_shapes({path: found[path].shape for path in specs}, specs, folder, origin)
-    for path in specs:
-        if not jnp.issubdtype(found[path].dtype, jnp.floating):
-            raise ModelFormatError(
-                f"{folder}: {origin(path).name}: expected a float dtype, found {found[path].dtype}"
-            )
+    for path, spec in specs.items():
+        wanted = jnp.floating if jnp.issubdtype(spec.dtype, jnp.floating) else spec.dtype
+        if not jnp.issubdtype(found[path].dtype, wanted):
+            name = "a float dtype" if wanted is jnp.floating else jnp.dtype(spec.dtype).name
+            raise ModelFormatError(f"{folder}: {origin(path).name}: expected {name}, found {found[path].dtype}")
 
 
 def check_shapes(
@@ -235,29 +293,79 @@ def fitted(tensor: tensors.LazyTensor, source: ParamSpec, target: ParamSpec, hea
     return tensor
 
 
-def restore_params(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, layer_loop: LayerLoop) -> Params:
+def restore_params(
+    folder: Path,
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None,
+    layer_loop: LayerLoop,
+    weight_format: str | None = None,
+) -> Params:
     """The parameter tree from our own form: every device restores its part, then layers are stacked and heads
-    repeated if need be.
+    repeated if need be. Weights that are still to be quantised are restored one at a time.
     """
-    sources = dict(flatten_specs(param_specs(config, dtype=dtype)))
-    check_tensors(orbax_store.stored(folder), sources, folder)
-    found = orbax_store.restore(
-        folder,
-        {
-            path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=evenly_cut(spec, mesh))
-            for path, spec in sources.items()
-        },
+    stored_format = WEIGHT_FORMATS[orbax_store.stored_quantization(folder)]
+    sources = dict(flatten_specs(param_specs(config, dtype=dtype, weight_format=stored_format)))
+    check_tensors(stored_weights(folder), sources, folder)
+    specs = partial(
+        param_specs, config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
     )
-    target = param_specs(
-        config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
-    )
+    target = specs(weight_format=stored_format)
+    kept = leaves_at(specs(weight_format=weight_format), target)
+    later = {
+        name
+        for (path, _), wanted in zip(flatten_specs(target), kept, strict=True)
+        if isinstance(wanted, QuantizedWeight)
+        for name in source_paths(path, config.num_layers)
+    }
+    found = restore(folder, {path: spec for path, spec in sources.items() if path not in later}, mesh)
     leaves = []
-    for path, spec in flatten_specs(target):
+    for (path, spec), wanted in zip(flatten_specs(target), kept, strict=True):
         names = source_paths(path, config.num_layers)
-        parts = [found.pop(name) for name in names]
-        place = sharding.sharding(mesh, sharding.partition_spec(spec.axes))
-        leaves.append(assemble(parts, sources[names[0]], spec, config.head_dim, place))
+        source = sources[names[0]]
+        if isinstance(wanted, QuantizedWeight):
+            weights = (restored_rows_first(folder, name, source, spec, config.head_dim, mesh) for name in names)
+            leaves.append(quantized(weights, wanted, mesh))
+        else:
+            parts = [found.pop(name) for name in names]
+            place = sharding.sharding(mesh, sharding.partition_spec(spec.axes))
+            leaves.append(assemble(parts, source, spec, config.head_dim, place))
     return jax.tree.unflatten(jax.tree.structure(target, is_leaf=is_spec), leaves)
+
+
+def stored_weights(folder: Path) -> dict[str, tensors.TensorInfo]:
+    """What a model in our own form holds, without what is stored beside its weights."""
+    return {path: info for path, info in orbax_store.stored(folder).items() if path not in KV_RANGE_PATHS}
+
+
+def restore(folder: Path, sources: Mapping[str, ParamSpec], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """Stored weights in the dtypes of their specs."""
+    wanted = {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=evenly_cut(spec, mesh))
+        for path, spec in sources.items()
+    }
+    return orbax_store.restore(folder, wanted)
+
+
+def restored_rows_first(
+    folder: Path, name: str, source: ParamSpec, target: ParamSpec, head_dim: int, mesh: Mesh | None
+) -> jax.Array:
+    """One stored weight [D, F] as [F, D] with the shape of the target's shards, in the precision it is stored in."""
+    stored = replace(source, dtype=orbax_store.stored(folder)[name].dtype)
+    part = restore(folder, {name: stored}, mesh)[name]
+    shape = target.shape[-len(source.shape) :]
+    place = sharding.sharding(mesh, sharding.partition_spec(source.axes[::-1]))
+    return jax.jit(lambda x: fit(x, source, head_dim, shape).T, out_shardings=place)(part)
+
+
+def restore_kv_ranges(folder: Path, config: ModelConfig) -> KVRanges | None:
+    """The ranges of keys and values that a model was converted with. Raises ModelFormatError for a wrong shape."""
+    stored = orbax_store.stored(folder)
+    if not all(path in stored for path in KV_RANGE_PATHS):
+        return None
+    spec = ParamSpec((config.num_layers, config.num_kv_heads), jnp.float32, (None, None))
+    found = restore(folder, dict.fromkeys(KV_RANGE_PATHS, spec), None)
+    return KVRanges(*(np.asarray(found[path]) for path in KV_RANGE_PATHS))
 
 
 def evenly_cut(spec: ParamSpec, mesh: Mesh | None) -> Sharding:

@@ -41,6 +41,7 @@ class LLM:
       dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
       quantization: "int8" (weights, and the activations of each token) or "int8_weight_only", of the layers'
         projections; None keeps the weights as they are stored.
+      kv_cache_dtype: of the pages: "auto" (that of the activations), "bfloat16", "float32", "int8" or "fp8".
       max_model_len: longest prompt + output in tokens; None is the model's own, at most 32,768.
       max_num_seqs: rows that run at once.
       max_num_batched_tokens: token budget of one step.
@@ -53,6 +54,7 @@ class LLM:
       max_decode_rounds: decode rounds fused into one device call while no request waits.
       max_waiting: requests that may queue.
       attention: name of the attention implementation; None takes the best that serves the model.
+      int8_matmul: name of the int8 matmul's implementation for every size; None takes the best for each.
       compile_cache: folder of the persistent compile cache, or "off".
       quiet: no progress bars and no start report.
 
@@ -62,21 +64,22 @@ class LLM:
 
     def __init__(
         self, model: str, *, tokenizer: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        max_model_len: int | None = None,
+        kv_cache_dtype: str = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
         block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1, enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8,
-        max_waiting: int = 4096, attention: str | None = None, compile_cache: str | None = None, quiet: bool = False,
+        max_waiting: int = 4096, attention: str | None = None, int8_matmul: str | None = None,
+        compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
             model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
-            max_model_len=max_model_len,
+            kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size, enable_prefix_caching=enable_prefix_caching,
             max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
-            compile_cache=_as_path(compile_cache), show_progress=not quiet)
+            int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache), show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)
         self.core: Core = started.core
         self.report = started.report

@@ -43,6 +43,7 @@ ENGINE_OPTIONS = (
     Option("tokenizer", str, None, "folder to take the tokenizer from (default: the model's)"),
     Option("dtype", str, "auto", "auto (the checkpoint's), bfloat16 or float32"),
     Option("quantization", str, None, "int8 (weights and activations) or int8_weight_only (default: as stored)"),
+    Option("kv_cache_dtype", str, "auto", "of the pages: auto (that of the activations), bfloat16, float32, int8, fp8"),
     Option("max_model_len", count, None, "longest prompt + output in tokens (default: the model's, at most 32,768)"),
     Option("max_num_seqs", count, 64, "rows that run at once"),
     Option("max_num_batched_tokens", count, 2048, "token budget of one step"),
@@ -55,9 +56,16 @@ ENGINE_OPTIONS = (
     Option("max_decode_rounds", count, 8, "decode rounds fused into one device call while nobody waits"),
     Option("max_waiting", count, 4096, "requests that may queue"),
     Option("attention", str, None, "attention implementation by name (default: the best that serves the model)"),
+    Option("int8_matmul", str, None, "int8 matmul implementation by name (default: the best for each size)"),
     Option("compile_cache", str, None, 'folder of the compile cache, or "off"'),
 )
 """Arguments of LLM; a test compares names and defaults with it."""
+
+DOCTOR_OPTIONS = tuple(
+    option for option in ENGINE_OPTIONS
+    if option.name in ("dtype", "quantization", "kv_cache_dtype", "page_size", "tensor_parallel_size")
+)  # fmt: skip
+"""What the choice of implementations depends on."""
 
 SAMPLING_OPTIONS = (
     Option("max_tokens", count, 128, "longest output in tokens"),

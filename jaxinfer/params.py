@@ -29,6 +29,10 @@ SCANNED_DEVICES = ("TPU v5", "TPU v6", "TPU7x")
 """
 
 
+KV_SCALES = ("k_scale", "v_scale")
+"""Of a layer with int8 or fp8 pages, f32[K] each."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
     """Shape, dtype, meaning and birth of one weight.
@@ -73,16 +77,20 @@ def param_specs(
     tensor_parallel: int = 1,
     layer_loop: LayerLoop = "unrolled",
     weight_format: str | None = None,
+    kv_scales: bool = False,
 ) -> Params:
     """The tree of ParamSpec of a model on `tensor_parallel` shards. Shapes are those of the whole arrays.
 
-    weight_format: `QuantizedWeight.format` of the layers' projections; None leaves them in `dtype`.
+    weight_format: `QuantizedWeight.format` of the layers' projections; None leaves them in `dtype`. kv_scales: with the
+    scales of int8 or fp8 pages, which are no weights of a model's files.
 
     Raises InvalidConfig when the model cannot be cut so (`sharding.sharded_sizes`).
     """
     sizes = sharding.sharded_sizes(config, tensor_parallel)
     width, vocab = config.hidden_size, sizes.vocab_size
     layer = layer_specs(config, sizes, dtype)
+    if kv_scales:
+        layer |= dict.fromkeys(KV_SCALES, ParamSpec((sizes.num_kv_heads,), jnp.float32, ("kv_scales",), "ones"))
     if weight_format is not None:
         layer = jax.tree.map(lambda spec: quantized_spec(spec, weight_format), layer, is_leaf=is_spec)
     specs: Params = {
@@ -171,11 +179,12 @@ def abstract_params(
     mesh: Mesh | None = None,
     layer_loop: LayerLoop = "unrolled",
     weight_format: str | None = None,
+    kv_scales: bool = False,
 ) -> Params:
     """The tree as `jax.ShapeDtypeStruct`s with their shardings: for compiling before anything is loaded."""
     specs = param_specs(
         config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop,
-        weight_format=weight_format,
+        weight_format=weight_format, kv_scales=kv_scales,
     )  # fmt: skip
 
     def struct(spec: ParamSpec) -> jax.ShapeDtypeStruct:
@@ -192,7 +201,11 @@ def layer_loop_of(params: Params) -> LayerLoop:
 
 def partition_specs(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
     """PartitionSpecs of a parameter tree, leaf by leaf, quantised weights included."""
-    specs = param_specs(config, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop_of(params))
+    layers = params["layers"]
+    specs = param_specs(
+        config, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop_of(params),
+        kv_scales=KV_SCALES[0] in (layers if isinstance(layers, dict) else layers[0]),
+    )  # fmt: skip
     return jax.tree.map(leaf_partition, specs, params, is_leaf=is_spec)
 
 

@@ -14,12 +14,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import sharding
+from jaxinfer.errors import InvalidConfig
 from jaxinfer.linear import QuantizedWeight
 from jaxinfer.stacking import stacked
 from pallas_kernels.int8_matmul import quantize_weight
 
 WEIGHT_FORMATS: dict[str | None, str | None] = {None: None, "int8": "int8_dynamic", "int8_weight_only": "int8"}
 """`quantization` to `QuantizedWeight.format`."""
+
+
+def check_quantization(name: str | None) -> None:
+    """Raises InvalidConfig for a name that means nothing."""
+    if name not in WEIGHT_FORMATS:
+        raise InvalidConfig("quantization", f"{name!r} is not one of int8, int8_weight_only")
 
 
 def quantized(weights: Iterable[jax.Array], wanted: QuantizedWeight, mesh: Mesh | None) -> QuantizedWeight:

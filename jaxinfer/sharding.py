@@ -20,6 +20,7 @@ MESH_AXIS_OF: dict[str, str | None] = {
     "head_dim": None,
     "heads": TENSOR,  # N * H, whole heads a shard
     "kv_heads": TENSOR,  # K * H, whole heads a shard
+    "kv_scales": TENSOR,  # K
     "ffn": TENSOR,
     "vocab": TENSOR,
     "experts": "expert",

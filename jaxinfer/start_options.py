@@ -11,9 +11,10 @@ INT32_MAX = 2**31 - 1
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
-OPTIONAL_TEXTS = ("tokenizer", "attention", "compile_cache")
+OPTIONAL_TEXTS = ("tokenizer", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float32", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class Options:
     tokenizer: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -36,6 +38,7 @@ class Options:
     max_waiting: int = 4096
     seed: int = 0
     attention: str | None = None
+    int8_matmul: str | None = None
     compile_cache: str | None = None
     show_progress: bool = True
 
@@ -56,6 +59,8 @@ class Options:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidConfig("quantization", f"{self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}; "
                                 "None keeps the weights as they are stored")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise InvalidConfig("kv_cache_dtype", f"{self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise InvalidConfig("gpu_memory_utilization", f"must be a share in (0, 1], got {share!r}")

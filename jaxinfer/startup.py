@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxinfer import compile_cache, loading, memory, programs, row_state, sharding, steps
+from jaxinfer import (
+    compile_cache,
+    implementations,
+    kv_scales,
+    loading,
+    memory,
+    programs,
+    row_state,
+    sharding,
+    steps,
+)
 from jaxinfer.batch import Batcher
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.compile_counter import CompileCounter
@@ -27,22 +37,29 @@ from jaxinfer.executor import Executor
 from jaxinfer.intake import GenerationDefaults, Intake
 from jaxinfer.models import Decoder, make_decoder
 from jaxinfer.page_pool import PagePool
-from jaxinfer.params import flatten_specs, param_specs
+from jaxinfer.params import Params, default_layer_loop, flatten_specs, param_specs
+from jaxinfer.quantization import WEIGHT_FORMATS
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.start_options import Options
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import Limits
+from pallas_kernels.dispatch import device_of
+from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 DEFAULT_MAX_MODEL_LEN = 32_768
 """Longest context taken without being asked: many models allow far more than a first try should reserve."""
 
+KV_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+"""`kv_cache_dtype`; "auto" is the dtype of the activations."""
+
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """How the start went, for people: seconds and counts."""
+    """How the start went, for people: seconds and counts. implementations: pairs of operation and name."""
 
     memory: memory.MemoryPlan
     attention: str
+    implementations: tuple[tuple[str, str], ...]
     num_programs: int
     load_seconds: float
     compile_seconds: float
@@ -69,25 +86,26 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     folder = loading.model_folder(options.model)
     dtype = choose_dtype(options.dtype, folder)
     defaults = GenerationDefaults.from_folder(folder)
+    model, chosen = choose_implementations(options, folder, dtype, mesh)
     loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh, quantization=options.quantization)
-    model = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh,
-                         implementation=options.attention)
     tokenizer, template = read_text_files(options, folder)
     loaded_at = time.monotonic()
     num_parameters = count_params(loaded.config, mesh)
-    say(f"loaded {loaded.config.family} with {num_parameters:,} parameters in {loaded_at - began:.1f} s; "
-        f"attention: {model.implementation} on {jax.devices()[0].device_kind}")
+    say(f"loaded {loaded.config.family} with {num_parameters:,} parameters in {loaded_at - began:.1f} s; weights: "
+        f"{loaded.quantization or jnp.dtype(dtype).name}, pages: {model.kv_dtype.name}")
+    say(f"implementations on {jax.devices()[0].device_kind}:\n{implementations.table(chosen)}")
     max_model_len = choose_max_model_len(options, loaded.config.max_position_embeddings)
     with compile_cache.open_cache(options.compile_cache) as cache:
-        plan = plan_memory(options, model, loaded.params, max_model_len)
+        params = implementations.with_matmul(with_kv_scales(model, loaded, tokenizer, say), options.int8_matmul)
+        plan = plan_memory(options, model, params, max_model_len)
         say(f"memory on each device:\n{plan.table()}")
         config = engine_config(options, max_model_len, plan.num_pages)
-        executor = Executor(model, loaded.params, config, replicated(mesh))
+        executor = Executor(model, params, config, replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()
     say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
-    report = StartReport(plan, model.implementation, num_programs, loaded_at - began, compiled_at - loaded_at,
-                         str(cache.report))
+    report = StartReport(plan, model.implementation, tuple(chosen), num_programs, loaded_at - began,
+                         compiled_at - loaded_at, str(cache.report))
     engine = make_engine(executor, config)
     limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
                     max_kv_tokens=config.num_pages * config.page_size)
@@ -102,6 +120,39 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     return Started(core, executor, report)
 
 
+def choose_implementations(options: Options, folder: Path, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None
+                           ) -> tuple[Decoder, list[tuple[str, str]]]:
+    """The decoder with its attention, and what serves each operation; before anything is loaded.
+
+    Raises InvalidConfig with every reason, also for a quantization that the folder does not allow.
+    """
+    config = loading.read_config(folder)
+    quantization = loading.served_quantization(folder, options.quantization)
+    if quantization is None and options.int8_matmul is not None:
+        raise InvalidConfig("int8_matmul", f"{options.int8_matmul!r}, but no weight is int8; set quantization")
+    model = make_decoder(config, dtype=dtype, kv_dtype=KV_DTYPES.get(options.kv_cache_dtype),
+                         page_size=options.page_size, mesh=mesh, implementation=options.attention)
+    max_model_len = choose_max_model_len(options, config.max_position_embeddings)
+    sizes = engine_config(options, max_model_len, max(options.max_num_seqs, -(-max_model_len // options.page_size)))
+    served = implementations.Served(
+        config, dtype, model.kv_dtype, options.page_size, WEIGHT_FORMATS[quantization], options.tensor_parallel_size,
+        tuple({*sizes.token_buckets, *sizes.row_buckets}), default_layer_loop(mesh) == "scanned",
+        device_of(mesh))
+    return model, implementations.chosen(served, model.implementation, options.int8_matmul)
+
+
+def with_kv_scales(model: Decoder, loaded: loading.LoadedModel, tokenizer: Tokenizer | None,
+                   say: Callable[[str], None]) -> Params:
+    """The parameters, with the scales that int8 and fp8 pages need: as the model was converted, or measured now."""
+    if not is_scaled(model.kv_dtype):
+        return loaded.params
+    began, ranges = time.monotonic(), loaded.kv_ranges
+    if ranges is None:
+        ranges = kv_scales.ranges_of_model(loaded.config, loaded.params, tokenizer, dtype=model.dtype, mesh=model.mesh)
+        say(f"measured the ranges of keys and values in {time.monotonic() - began:.1f} s")
+    return kv_scales.with_scales(loaded.params, model, kv_scales.scales(ranges, model.kv_dtype))
+
+
 def make_engine(executor: Executor, config: EngineConfig) -> Engine:
     """An engine over warm programs, whose metrics count what it compiles from now on."""
     pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
@@ -111,7 +162,7 @@ def make_engine(executor: Executor, config: EngineConfig) -> Engine:
 def choose_dtype(name: str, folder: Path) -> jnp.dtype:
     """The dtype of weights, activations and pages; "auto" takes the checkpoint's own."""
     if name == "auto":
-        name = "float32" if loading.stored_dtype(folder) == "float32" else "bfloat16"
+        name = loading.dtype_of(folder)
     return jnp.dtype(name)
 
 

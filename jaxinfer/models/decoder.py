@@ -217,6 +217,8 @@ def attention_block(layer: Params, index, window, x: jax.Array, kv_pages: jax.Ar
         schedule=step.schedule,
         scale=config.head_dim**-0.5,
         window=window,
+        k_scale=layer.get("k_scale"),
+        v_scale=layer.get("v_scale"),
         max_q_len=step.max_q_len,
         implementation=step.implementation,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.config import ModelConfig
@@ -17,11 +18,12 @@ from jaxinfer.params import Params
 class Decoder:
     """A model's static half: what a compiled step closes over. Hashable, holds no arrays.
 
-    dtype: of activations and pages. implementation: of attention, by name (see `make_decoder`).
+    dtype: of activations. kv_dtype: of pages. implementation: of attention, by name (see `make_decoder`).
     """
 
     config: ModelConfig
     dtype: Any
+    kv_dtype: Any
     implementation: str
     mesh: Mesh | None = None
 
@@ -32,8 +34,8 @@ class Decoder:
     def cache(self, num_pages: int, page_size: int) -> KVCache:
         """Shape, sharding and bytes of the pages."""
         return kv_cache(
-            self.config, num_pages=num_pages, page_size=page_size, dtype=self.dtype, mesh=self.mesh,
-            implementation=self.implementation,
+            self.config, num_pages=num_pages, page_size=page_size, dtype=self.dtype, kv_dtype=self.kv_dtype,
+            mesh=self.mesh, implementation=self.implementation,
         )  # fmt: skip
 
     def new_pages(self, num_pages: int, page_size: int) -> jax.Array:
@@ -56,11 +58,22 @@ class Decoder:
 
 
 def make_decoder(
-    config: ModelConfig, *, dtype: Any, page_size: int, mesh: Mesh | None = None, implementation: str | None = None
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    page_size: int,
+    kv_dtype: Any = None,
+    mesh: Mesh | None = None,
+    implementation: str | None = None,
 ) -> Decoder:
     """A Decoder with the attention chosen: the named one, or the first that serves the model with such pages.
 
+    kv_dtype: of pages; `dtype` when None. With int8 or fp8 pages the parameters must hold their scales (`kv_scales`).
+
     Raises InvalidConfig with every reason.
     """
-    cache = kv_cache(config, num_pages=1, page_size=page_size, dtype=dtype, mesh=mesh, implementation=implementation)
-    return Decoder(config, cache.dtype, cache.implementation, mesh)
+    cache = kv_cache(
+        config, num_pages=1, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype, mesh=mesh,
+        implementation=implementation,
+    )  # fmt: skip
+    return Decoder(config, jnp.dtype(dtype), cache.dtype, cache.implementation, mesh)

@@ -127,7 +127,7 @@ def test_converting_copies_config_and_tokenizer_and_leaves_nothing_half(tmp_path
     with pytest.raises(CheckpointError, match="exists already"):
         convert(source, tmp_path / "out" / "target")
 
-    def fail(folder, params):
+    def fail(folder, params, **_):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr(orbax_store, "save", fail)

@@ -50,18 +50,19 @@ def two_rows() -> Rows:
 
 
 class PagedModel:
-    """R rows with pages scattered over a pool that is otherwise NaN.
+    """R rows with pages scattered over a pool that is otherwise NaN (int8: -128).
 
     Every position's logits are computed, by `prefill` (chunks of several rows packed together) or by `decode` (a token
     a row).
     """
 
-    def __init__(self, config: ModelConfig, params, num_rows: int, dtype=jnp.float32, mesh=None):
+    def __init__(self, config: ModelConfig, params, num_rows: int, dtype=jnp.float32, mesh=None, kv_dtype=None):
         self.params, self.num_rows = params, num_rows
-        self.decoder = make_decoder(config, dtype=dtype, page_size=PAGE_SIZE, mesh=mesh)
+        self.decoder = make_decoder(config, dtype=dtype, page_size=PAGE_SIZE, mesh=mesh, kv_dtype=kv_dtype)
         num_pages = num_rows * PAGES_A_ROW + 4
         self.pages = self.decoder.new_pages(num_pages, PAGE_SIZE)
-        self.pages = jax.jit(lambda pages: pages * jnp.nan, out_shardings=self.pages.sharding)(self.pages)
+        poison = -128 if self.pages.dtype == jnp.int8 else jnp.nan
+        self.pages = jax.jit(lambda x: jnp.full_like(x, poison), out_shardings=self.pages.sharding)(self.pages)
         table = np.random.default_rng(0).permutation(num_pages)[: num_rows * PAGES_A_ROW]
         self.page_table = table.reshape(num_rows, PAGES_A_ROW).astype(np.int32)
         self.lengths = np.zeros(num_rows, np.int32)

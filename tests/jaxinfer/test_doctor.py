@@ -46,7 +46,7 @@ def test_an_unknown_model_and_an_open_cache_are_warnings(tmp_path, monkeypatch, 
     monkeypatch.setenv("JAXINFER_COMPILE_CACHE", str(cache))
     assert cli.main(["doctor", "--model", str(tmp_path / "missing"), "--json"]) == 1
     warnings = json.loads(capsys.readouterr().out)["warnings"]
-    assert any("cannot read the shape" in warning for warning in warnings)
+    assert any("cannot tell what would run" in warning for warning in warnings)
     assert any("open to other users" in warning for warning in warnings)
 
 
@@ -57,11 +57,25 @@ def test_the_report(model_folder, tmp_path, monkeypatch):
     for words in ("jaxlib", "cores", "attention, decode", "chosen", "entries"):
         assert words in text
     assert findings.as_dict()["devices"]
+    run = findings.as_dict()[f"what would run ({model_folder})"]
+    assert run["int8 matmul, 64 rows: xla"] == run["int8_weight_only matmul, 1 rows: xla"] == "chosen"
+    assert run["attention, verification: reference"] == "only by name"
+
+
+def test_options_change_what_would_run(model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("JAXINFER_COMPILE_CACHE", "off")
+    words = ["doctor", str(model_folder), "--json", "--quantization", "int8"]
+    cli.main([*words, "--kv-cache-dtype", "fp8"])
+    run = json.loads(capsys.readouterr().out)[f"what would run ({model_folder})"]
+    assert not any(name.startswith("int8_weight_only") for name in run)
+    assert cli.main([*words, "--kv-cache-dtype", "fp7"]) == 1
+    assert "'fp7' is not one of auto" in capsys.readouterr().out
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """A folder with as much of a model as the doctor looks at."""
-    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 512}
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256,
+              "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 100, "max_position_embeddings": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
