@@ -306,7 +306,8 @@ def restore_params(
     """
     stored_format = WEIGHT_FORMATS[orbax_store.stored_quantization(folder)]
     sources = dict(flatten_specs(param_specs(config, dtype=dtype, weight_format=stored_format)))
-    check_tensors(stored_weights(folder), sources, folder)
+    held = orbax_store.stored(folder)
+    check_tensors({path: info for path, info in held.items() if path not in KV_RANGE_PATHS}, sources, folder)
     specs = partial(
         param_specs, config, dtype=dtype, tensor_parallel=sharding.tensor_parallel_size(mesh), layer_loop=layer_loop
     )
@@ -331,11 +332,6 @@ def restore_params(
             place = sharding.sharding(mesh, sharding.partition_spec(spec.axes))
             leaves.append(assemble(parts, source, spec, config.head_dim, place))
     return jax.tree.unflatten(jax.tree.structure(target, is_leaf=is_spec), leaves)
-
-
-def stored_weights(folder: Path) -> dict[str, tensors.TensorInfo]:
-    """What a model in our own form holds, without what is stored beside its weights."""
-    return {path: info for path, info in orbax_store.stored(folder).items() if path not in KV_RANGE_PATHS}
 
 
 def restore(folder: Path, sources: Mapping[str, ParamSpec], mesh: Mesh | None) -> dict[str, jax.Array]:
