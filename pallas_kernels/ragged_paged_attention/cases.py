@@ -160,11 +160,13 @@ KERNEL_ROWS = {
     "kernel_verify": {"rows": ((3, 18), (3, 3), (1, 40), (2, 0)), "num_few": 4, "max_q_len": 3},
     "kernel_mixed": {"rows": ((1, 35), (1, 0), (3, 18), (20, 20), (9, 50)), "num_single": 2, "num_few": 1},
 }
+# A prompt and the middle of another: several tiles of queries and of context, neither whole at either end.
+LONG_ROWS = {"kernel_prefill": {"rows": ((100, 100), (40, 210)), "num_kv_heads": 1, "max_pages": 16}}
 
 
 def kernel_case(name: str, rows: str, kv_dtype: str = "bfloat16", **fields) -> AttentionCase:
     return AttentionCase(name, **{"dtype": "bfloat16", "kv_dtype": kv_dtype, "head_dim": 128, "page_size": 16,
-                                  "max_pages": 8} | KERNEL_ROWS[rows] | fields)  # fmt: skip
+                                  "max_pages": 8} | (KERNEL_ROWS | LONG_ROWS)[rows] | fields)  # fmt: skip
 
 
 MIXED_ROWS = ((1, 9), (1, 0), (1, 30), (3, 12), (4, 4), (5, 45), (17, 17), (9, 60), (80, 101))
@@ -231,4 +233,8 @@ CASES: tuple[AttentionCase, ...] = (
     *(kernel_case(f"{rows}_everything_{dtype}_head_{head_dim}", rows, dtype, head_dim=head_dim, window=33, soft_cap=3.0,
                   sinks=True, num_padding_rows=2, num_padding_tokens=3)
       for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128)),
+    *(kernel_case(f"kernel_prefill_head_{head_dim}", "kernel_prefill", head_dim=head_dim, group=group)
+      for head_dim, group in ((64, 4), (128, 8), (256, 3))),
+    kernel_case("kernel_prefill_window", "kernel_prefill", window=60, group=4),
+    kernel_case("kernel_prefill_int8", "kernel_prefill", "int8", group=4),
 )  # fmt: skip

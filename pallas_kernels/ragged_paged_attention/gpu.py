@@ -1,7 +1,7 @@
 """Ragged paged attention on Hopper GPUs in Mosaic GPU (sm_90a): the record, and the kernels of a call in order.
 
-Rows with few queries go to `gpu_decode`. Pages are `[L, P, 2, K, C, H]`, as in `xla`; new keys and values are written
-in place by the kernels themselves.
+Rows with few queries go to `gpu_decode`, all others to `gpu_prefill`. Pages are `[L, P, 2, K, C, H]`, as in `xla`; new
+keys and values are written in place by the kernels themselves.
 """
 
 import re
@@ -14,7 +14,14 @@ from jax import Array
 from jax.tree_util import register_dataclass
 
 from pallas_kernels.dispatch import Device
-from pallas_kernels.ragged_paged_attention import gpu_decode, gpu_schedule, gpu_units, xla
+from pallas_kernels.ragged_paged_attention import (
+    gpu_decode,
+    gpu_prefill,
+    gpu_prefill_schedule,
+    gpu_schedule,
+    gpu_units,
+    xla,
+)
 from pallas_kernels.ragged_paged_attention.contract import (
     AttentionImplementation,
     AttentionSpec,
@@ -33,9 +40,15 @@ HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 @register_dataclass
 @dataclass(frozen=True)
 class Schedule:
-    """Work of a step; few: of the decode kernel."""
+    """Work of a step.
 
-    few: gpu_schedule.DecodeSchedule
+    Fields:
+      few: of the decode kernel; None where not one query of a group fits its columns.
+      many: of the prefill kernel, which takes the rows that are left; None where `max_q_len` leaves none.
+    """
+
+    few: gpu_schedule.DecodeSchedule | None
+    many: gpu_prefill_schedule.PrefillSchedule | None
 
 
 def device_reasons(device: Device, interpret: bool) -> list[str]:
@@ -61,10 +74,6 @@ def unsupported_reasons(spec: AttentionSpec) -> list[str]:
     if shape is not None and (len(shape) != 6 or shape[2:] != (2, spec.num_kv_heads, spec.page_size, spec.head_dim)):
         wanted = f"[L, P, 2, {spec.num_kv_heads}, C, {spec.head_dim}]"
         reasons.append(f"kv_pages of shape {shape} do not have this implementation's layout {wanted}")
-    group = max(1, spec.num_q_heads // max(spec.num_kv_heads, 1))
-    most = gpu_schedule.max_queries(group, max(spec.head_dim, 1))
-    if spec.max_q_len is None or spec.max_q_len > most:
-        reasons.append(f"max_q_len {spec.max_q_len}: rows have at most {most} queries of {group} heads a kv head")
     return reasons
 
 
@@ -72,12 +81,19 @@ def make_schedule(kv_lens, page_indices, cu_q_lens, distribution, *, num_tokens:
     """See `api.make_schedule`."""
     group = spec.num_q_heads // spec.num_kv_heads
     queries = gpu_schedule.queries_a_row(group, spec.head_dim, spec.max_q_len)
-    few = gpu_schedule.make_decode_schedule(
-        jnp.asarray(kv_lens), jnp.asarray(page_indices), jnp.asarray(cu_q_lens), jnp.asarray(distribution),
-        num_tokens=num_tokens, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, queries=queries,
-        all_rows=queries == spec.max_q_len, blocks=gpu_units.choose_blocks(spec, queries, kv_lens.shape[0]),
-    )  # fmt: skip
-    return Schedule(few)
+    rows = tuple(jnp.asarray(array) for array in (kv_lens, page_indices, cu_q_lens, distribution))
+    all_few = queries > 0 and queries == spec.max_q_len
+    few = many = None
+    if queries:
+        few = gpu_schedule.make_decode_schedule(
+            *rows, num_tokens=num_tokens, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, queries=queries,
+            all_rows=all_few, blocks=gpu_units.choose_blocks(spec, queries, kv_lens.shape[0]),
+        )  # fmt: skip
+    if not all_few:
+        many = gpu_prefill_schedule.make_prefill_schedule(
+            *rows, num_tokens=num_tokens, group=group, page_size=spec.page_size, first_row_class=1 if queries else 0
+        )
+    return Schedule(few, many)
 
 
 def attend(
@@ -111,7 +127,12 @@ def attend(
     options = Options.make(scale, soft_cap, sinks, window, k_scale, v_scale)
     new = (to_page_dtype(keys, k_scale, kv_pages.dtype), to_page_dtype(values, v_scale, kv_pages.dtype))
     pages_ref = jax.new_ref(kv_pages)  # one buffer that the kernels read and write
-    outputs = gpu_decode.attend_few(queries, *new, pages_ref, layer, schedule.few, options, interpret=interpret)
+    outputs = jnp.zeros_like(queries)
+    if schedule.few is not None:
+        outputs = gpu_decode.attend_few(queries, *new, pages_ref, layer, schedule.few, options, interpret=interpret)
+    if schedule.many is not None:
+        outputs = gpu_prefill.attend_many(queries, *new, pages_ref, layer, page_indices, schedule.many, options,
+                                          outputs, interpret=interpret)  # fmt: skip
     return outputs, jax.freeze(pages_ref)
 
 

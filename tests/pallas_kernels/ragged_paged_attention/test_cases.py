@@ -16,7 +16,7 @@ from tests.pallas_kernels.ragged_paged_attention.support import assert_right, is
 IMPLEMENTATIONS = ("reference", "xla")  # everywhere
 SERVED_BY_TPU = [case for case in CASES if is_kernel_shape(case)]
 # wgmma multiplies bfloat16
-SERVED_BY_GPU = [case for case in CASES if is_kernel_shape(case) and case.max_q_len is not None
+SERVED_BY_GPU = [case for case in CASES if is_kernel_shape(case)
                  and "float32" not in (case.dtype, case.kv_dtype)]  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def test_what_tpu_does_not_serve_is_refused(case: AttentionCase):
         run(case, inputs, "tpu", interpret)
 
 
+# Matrix rows of tokens that are not the unit's, poison among them, are multiplied and dropped; what is kept is checked.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize("case", SERVED_BY_GPU, ids=lambda case: case.name)
 def test_case_on_gpu(case: AttentionCase):
     inputs = make_inputs(case)
