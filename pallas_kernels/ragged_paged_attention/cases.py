@@ -219,7 +219,8 @@ CASES: tuple[AttentionCase, ...] = (
                     kv_dtype=dtype) for dtype in SCALED),
     *(kernel_case(f"{rows}_{dtype}_head_{head_dim}", rows, dtype, head_dim=head_dim)
       for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128, 256)),
-    *(kernel_case(f"{rows}_float32", rows, "float32", dtype="float32") for rows in KERNEL_ROWS),
+    *(kernel_case(f"{rows}_float32_pages", rows, "float32", dtype="float32") for rows in KERNEL_ROWS),
+    *(kernel_case(f"{rows}_float32_queries", rows, dtype="float32") for rows in KERNEL_ROWS),
     *(kernel_case(f"{rows}_page_{page_size}", rows, page_size=page_size)
       for rows in KERNEL_ROWS for page_size in (32, 64, 128, 256)),
     *(kernel_case(f"{rows}_heads_{heads}_kv_heads_{kv_heads}", rows, num_kv_heads=kv_heads, group=heads // kv_heads)
