@@ -3,7 +3,9 @@
 A file is `{"written": {how, by which versions, when}, "entries": [{"device": ..., "key": {...}, "blocks": {...}}]}`.
 `device` is a device kind as jax names it ("TPU v5 lite"), or the beginning of several and a star: "TPU v5*" is the
 default of a generation, "*" the general one. A key holds what the blocks were tuned for: words (a dtype, a form) and
-sizes. `blocks` are the fields of the frozen dataclass that the kernel makes of it.
+sizes. `blocks` are the fields of the frozen dataclass that the kernel makes of it. An entry may say in `provenance` how
+it was found, with which versions and when; `written` holds for those that do not. `python -m pallas_kernels.tune`
+writes the files.
 
 The rule of `lookup`, which is never an error: of the entries whose words equal the call's, those of the most specific
 device count (the kind itself, then the longest beginning); of these the one nearest in size, by the sum of the
@@ -29,6 +31,7 @@ class Entry:
     device: str
     key: Mapping[str, str | int]
     blocks: Mapping[str, Any]
+    provenance: str = ""
 
     def fits(self, device_kind: str, key: Mapping[str, str | int]) -> bool:
         beginning = self.device.removesuffix("*")
@@ -82,5 +85,20 @@ def write(path: Path, entries: Iterable[Entry], written: Mapping[str, str]) -> N
         entries,
         key=lambda entry: (entry.device, sorted((name, str(value).zfill(9)) for name, value in entry.key.items())),
     )
-    lines = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in ordered)
+    fields = ({name: value for name, value in asdict(entry).items() if value != ""} for entry in ordered)
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in fields)
     path.write_text(f'{{\n  "written": {json.dumps(dict(written))},\n  "entries": [\n{lines}\n  ]\n}}\n')
+
+
+def merge(path: Path, entries: Iterable[Entry], written: Mapping[str, str]) -> None:
+    """Writes entries into a file, in place of those for the same device and key; all others stay as they are.
+
+    written: for a new file; a file that exists keeps its own.
+    """
+    new = tuple(entries)
+    old: tuple[Entry, ...] = ()
+    if path.is_file():
+        content = json.loads(path.read_text())
+        written, old = content["written"], tuple(Entry(**entry) for entry in content["entries"])
+    kept = (entry for entry in old if not any((entry.device, entry.key) == (one.device, one.key) for one in new))
+    write(path, (*kept, *new), written)

@@ -5,7 +5,6 @@ JSON. Everything it gives is predicted.
 """
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +18,11 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as in_jax
 from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
 from pallas_kernels import int8_matmul
 from pallas_kernels import ragged_paged_attention as attention
-from pallas_kernels.aot import tpu_schedule
+from pallas_kernels.aot.counting import execute_calls, hot_loop
 from pallas_kernels.aot.kernel_operands import kernel_calls
 from pallas_kernels.aot.programs import Program
 from pallas_kernels.aot.targets import target
-from pallas_kernels.aot.tpu_execution import Execution, execute
+from pallas_kernels.aot.tpu_execution import Execution
 from pallas_kernels.aot.tpu_schedule import FILL, MATRIX, Region, Schedule
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
@@ -54,39 +53,20 @@ def count(
 ) -> Count:
     """Compiles, and executes each kernel once with its operands (name and integers of each call, in order)."""
     program.compile(mesh)
-    calls = list(operands)
-    executed: list[tuple[bool, Schedule, Execution]] = []
-    for schedule in tpu_schedule.collect(folder, chip):
-        name = re.sub(r"\.\d+$", "", schedule.kernel)
-        index = next((i for i, (call, _) in enumerate(calls) if call == name), None)
-        known = calls.pop(index)[1] if index is not None else {}
-        executed.append((index is not None, schedule, execute(schedule, known)))
-    if calls:
-        raise ValueError(f"kernels {[call for call, _ in calls]} are not among {[s.kernel for _, s, _ in executed]}")
-    _, schedule, execution = max(executed, key=lambda each: each[2].bundles)
+    executed = execute_calls(folder, chip, operands)
+    largest = max(executed, key=lambda each: each.execution.bundles)
+    schedule, execution = largest.schedule, largest.execution
     hot = hot_loop(schedule, execution)
     return Count(
-        bundles=sum(execution.bundles for _, _, execution in executed),
-        around=sum(execution.bundles for is_kernel, _, execution in executed if not is_kernel),
-        bytes_moved=sum(execution.bytes_in + execution.bytes_out for _, _, execution in executed),
+        bundles=sum(each.execution.bundles for each in executed),
+        around=sum(each.execution.bundles for each in executed if not each.is_kernel),
+        bytes_moved=sum(each.execution.bytes_in + each.execution.bytes_out for each in executed),
         hot_bundles=hot.all_bundles,
         hot_passes=execution.runs(hot),
         spilling=schedule.spilling(hot),
         fills=hot.total(FILL),
         matrix_fill=matrix_fill(schedule, execution, hot),
     )
-
-
-def issued(region: Region, execution: Execution) -> int:
-    """Bundles of a region that were issued, inner loops not counted."""
-    inner = {index for loop in region.loops for index in range(loop.first, loop.last + 1)}
-    return sum(execution.counts[index] for index in range(region.first, region.last + 1) if index not in inner)
-
-
-def hot_loop(schedule: Schedule, execution: Execution) -> Region:
-    """The loop in which most bundles are issued; the kernel without loops."""
-    loops = [region for region in schedule.root.walk() if region.kind == "loop"]
-    return max(loops or [schedule.root], key=lambda region: issued(region, execution))
 
 
 def matrix_fill(schedule: Schedule, execution: Execution, region: Region) -> float:

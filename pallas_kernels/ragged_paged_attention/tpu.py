@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
 from pallas_kernels.dispatch import Device
 from pallas_kernels.ragged_paged_attention.contract import (
     AttentionImplementation,
@@ -66,12 +67,33 @@ def num_cores(device: Device) -> int:
     return pltpu.get_tpu_info().num_cores if device.platform == "tpu" else 1
 
 
-def decode_blocks(num_kv_heads: int, width: int, num_parts: int, kv_dtype) -> DecodeBlocks:
+def decode_key(num_kv_heads: int, head_dim: int, kv_dtype, page_size: int, max_context: int) -> dict[str, str | int]:
+    """Of `tuned/ragged_paged_attention_decode.json`. Heads are a word: blocks for others may not fit VMEM."""
+    return {
+        "kv_dtype": jnp.dtype(kv_dtype).name,
+        "heads": f"{num_kv_heads} x {head_dim}",
+        "page_size": page_size,
+        "max_context": max_context,
+    }
+
+
+def decode_blocks(kv_pages: Array, max_pages: int, device: Device) -> DecodeBlocks:
+    """What was tuned for the device, the dtype of the pages and the heads; else `default_decode_blocks`.
+
+    Args:
+      kv_pages: [L, P, S, K, C, W].
+      max_pages: of a row.
+    """
+    num_parts, num_kv_heads, page_size, width = kv_pages.shape[2:]
+    key = decode_key(num_kv_heads, width * num_parts // 2, kv_pages.dtype, page_size, max_pages * page_size)
+    tuned = tuning.lookup("ragged_paged_attention_decode", device.kind, **key)
+    return DecodeBlocks(**tuned) if tuned else default_decode_blocks(num_kv_heads, width, num_parts, kv_pages.dtype)
+
+
+def default_decode_blocks(num_kv_heads: int, width: int, num_parts: int, kv_dtype) -> DecodeBlocks:
     """A megabyte or more a block, so that one is computed while the next table arrives; 32 MiB in VMEM at most.
 
-    By the static schedule (libtpu 0.0.48, 32/8 heads of 128, 2026-11-21): blocks of 512 take 1.42 (v5e) and 1.39 (v6e)
-    bundles a token without spills, of 1024 about 0.2 less with a few, but a row of under 512 tokens twice as much;
-    memory allows a token in 7.5 and 4.4 cycles. A product of float32 is six of bfloat16: shorter blocks, fewer spills.
+    A product of float32 is six of bfloat16: shorter blocks, fewer spills.
     """
     itemsize = jnp.dtype(kv_dtype).itemsize
     token_bytes = num_kv_heads * width * num_parts * itemsize
@@ -107,7 +129,7 @@ def attend(
 ) -> tuple[Array, Array]:
     """See `api.ragged_paged_attention`; `blocks` is for tests and measurements."""
     num_tokens, num_q_heads, head_dim = queries.shape
-    num_parts, num_kv_heads, page_size, width = kv_pages.shape[2:]
+    num_kv_heads, page_size = kv_pages.shape[3:5]
     spec = AttentionSpec(num_q_heads, num_kv_heads, head_dim, page_size, queries.dtype, kv_pages.dtype, max_q_len)
     if schedule is None:
         schedule = make_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens=num_tokens, spec=spec)
@@ -118,7 +140,7 @@ def attend(
     if schedule.decode is not None:
         outputs, kv_pages = attend_decode(
             queries, new_kv, kv_pages, layer, schedule.decode, options,
-            blocks=blocks or decode_blocks(num_kv_heads, width, num_parts, kv_pages.dtype),
+            blocks=blocks or decode_blocks(kv_pages, page_indices.shape[1], spec.device),
             max_pages=page_indices.shape[1], num_cores=num_cores(spec.device), interpret=interpret,
         )  # fmt: skip
     if schedule.many is not None:
