@@ -65,6 +65,10 @@ def decode_key(layout: DecodeLayout, form: SamplerForm) -> Key:
     return ("decode", layout.num_rows, form)
 
 
+# XLA plans for four fifths of a GPU's memory, times this many hundredths. Pages may fill more (gpu_memory_utilization
+# of 0.9): over that limit XLA computes products twice to save memory that is not short. 120 stands for 96 %.
+GPU_MEMORY_SLOP = 120
+
 APPEND, SCORE, LOGITS = ("append_pages",), ("score",), ("logits",)
 
 
@@ -83,7 +87,11 @@ def compiler_options(signature: Signature) -> dict[str, Any] | None:
     the unrolled form (libtpu 0.0.48; 2 MB with this option).
     """
     (device, *_) = signature.replicated.device_set
-    return {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0} if device.device_kind.startswith("TPU7x") else None
+    if device.device_kind.startswith("TPU7x"):
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+    if device.platform in ("gpu", "cuda"):
+        return {"xla_gpu_memory_limit_slop_factor": GPU_MEMORY_SLOP}
+    return None
 
 
 def _placements(signature: Signature) -> Any:
