@@ -32,6 +32,8 @@ PAGES_AT_ONCE = 8
 LEAD = 4
 RING = 2 * LEAD
 MAX_UNITS = 32
+# Heads whose outputs are written without a loop between them: latencies of one are covered by the other.
+HEADS_FINISHED = 2
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,14 @@ def product(geo: Geometry, left: jax.Array, right: jax.Array, axis: int) -> jax.
 
 def visible(geo: Geometry, refs: Refs, it: Item, kv_start, row, num_rows: int, num_kv: int) -> jax.Array:
     """bool[num_rows, num_kv]: what rows `row ..` of an operand see of the positions from `kv_start` on."""
-    query = (lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 0) + row) & (geo.period - 1)
-    ahead = lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), 1) - query
+    query, position = (lax.broadcasted_iota(jnp.int32, (num_rows, num_kv), axis) for axis in (0, 1))
     offset = it.position - kv_start
+    if geo.period % num_rows == 0:
+        # Rows of consecutive queries: the same differences in all units, which differ by a scalar.
+        offset = offset + (row & (geo.period - 1))
+    else:
+        query = (query + row) & (geo.period - 1)
+    ahead = position - query
     if not geo.windowed:
         return ahead <= offset
     window = refs.scalars[1]
@@ -396,39 +403,32 @@ def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> N
         lax.fori_loop(lax.div(low, blocks.masked), lax.div(high + blocks.masked - 1, blocks.masked), part, None)
 
 
-def clear(geo: Geometry, refs: Refs) -> None:
-    """The state before the first block; a sink is a score seen already, of no value."""
-
-    def head(h, _):
-        refs.accumulator[h] = jnp.zeros(refs.accumulator.shape[1:], jnp.float32)
-        if not geo.sinks:
-            refs.maximum[h] = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
-            refs.total[h] = jnp.zeros(refs.total.shape[1:], jnp.float32)
-            return
-        refs.total[h] = jnp.where(lax.broadcasted_iota(jnp.int32, refs.total.shape[1:], 1) == 0, 1.0, 0.0)
-        row = lax.broadcasted_iota(jnp.int32, refs.maximum.shape[1:], 0)
-        top = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
-        for g in range(geo.group):
-            top = jnp.where(row >= g * geo.period, refs.sinks[h * geo.group + g] * LOG2_E, top)
-        refs.maximum[h] = top
-
-    lax.fori_loop(0, geo.num_kv_heads, head, None)
+def clear(geo: Geometry, refs: Refs, h) -> None:
+    """The state of a head before the first block; a sink is a score seen already, of no value."""
+    refs.accumulator[h] = jnp.zeros(refs.accumulator.shape[1:], jnp.float32)
+    if not geo.sinks:
+        refs.maximum[h] = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
+        refs.total[h] = jnp.zeros(refs.total.shape[1:], jnp.float32)
+        return
+    refs.total[h] = jnp.where(lax.broadcasted_iota(jnp.int32, refs.total.shape[1:], 1) == 0, 1.0, 0.0)
+    row = lax.broadcasted_iota(jnp.int32, refs.maximum.shape[1:], 0)
+    top = jnp.full(refs.maximum.shape[1:], LOWEST, jnp.float32)
+    for g in range(geo.group):
+        top = jnp.where(row >= g * geo.period, refs.sinks[h * geo.group + g] * LOG2_E, top)
+    refs.maximum[h] = top
 
 
 def inverse_sums(geo: Geometry, lanes: jax.Array) -> jax.Array:
-    """1 over the sum over lanes, in each lane. For bfloat16 by the matrix unit, which is idle here, in two halves that
-    keep 16 bits together.
-    """
-    if geo.compute_dtype == jnp.float32:
-        return jnp.broadcast_to(1 / jnp.sum(lanes, axis=1, keepdims=True), lanes.shape)
-    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
-    high = lanes.astype(jnp.bfloat16)
-    low = (lanes - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return pltpu.reciprocal(product(geo, high, ones, 0) + product(geo, low, ones, 0), approx=True)
+    """1 over the sum over lanes, in each lane."""
+    sums = jnp.sum(lanes, axis=1, keepdims=True)
+    inverse = 1 / sums if geo.compute_dtype == jnp.float32 else pltpu.reciprocal(sums, approx=True)
+    return jnp.broadcast_to(inverse, lanes.shape)
 
 
 def finish(geo: Geometry, refs: Refs, it: Item, index) -> None:
-    """Writes the item's outputs to their buffer, among what tokens of others had where the tile has such."""
+    """Writes the item's outputs to their buffer, among what tokens of others had where the tile has such, and clears
+    the state for the next item: a loop of those stores alone would leave all other slots empty.
+    """
     slot, dtype = lax.rem(index, 2), refs.o_buf.dtype
     shared = is_shared(geo, it)
 
@@ -440,9 +440,16 @@ def finish(geo: Geometry, refs: Refs, it: Item, index) -> None:
             query = lax.broadcasted_iota(jnp.int32, new.shape, 0) & (geo.period - 1)
             new = jnp.where((query >= it.low) & (query < it.high), new, refs.o_buf[slot, h])
         refs.o_buf[slot, h] = new
+        clear(geo, refs, h)
 
     def heads(merge: bool):
-        lax.fori_loop(0, geo.num_kv_heads, lambda h, _: head(h, merge), None)
+        at_once = next(n for n in (HEADS_FINISHED, 1) if geo.num_kv_heads % n == 0)
+
+        def some(i, _):
+            for n in range(at_once):
+                head(i * at_once + n, merge)
+
+        lax.fori_loop(0, geo.num_kv_heads // at_once, some, None)
 
     if geo.by_row:
         heads(merge=False)
@@ -491,7 +498,6 @@ def attend_item(geo: Geometry, refs: Refs, index, count, done):
             copy.start()
 
     prepare_outputs(geo, refs, it, index)
-    clear(geo, refs)
     for copy in query_copies(geo, refs, it, index):
         copy.wait()
 
@@ -531,6 +537,7 @@ def kernel(geo: Geometry, *args) -> None:
             copy.start()
         id_copy(refs, first, start).wait()
         start_pages(geo, refs, first, start, first.first, start)
+        lax.fori_loop(0, geo.num_kv_heads, lambda h, _: clear(geo, refs, h), None)
 
     lax.fori_loop(0, count, lambda index, done: attend_item(geo, refs, index, count, done), jnp.int32(0))
     drain_outputs(geo, refs, count)
