@@ -33,7 +33,8 @@ def execute_calls(folder: Path | str, chip: str, calls: Iterable[tuple[str, dict
     left = list(calls)
     executed: list[Executed] = []
     for schedule in tpu_schedule.collect(folder, chip):
-        name = re.sub(r"\.\d+$", "", schedule.kernel)
+        # "write_new_kv.1.args_6_" is the first call of write_new_kv, whose result is the seventh operand of another.
+        name = re.sub(r"\.\d+(\..*)?$", "", schedule.kernel)
         index = next((i for i, (call, _) in enumerate(left) if call == name), None)
         known = left.pop(index)[1] if index is not None else {}
         executed.append(Executed(index is not None, schedule, execute(schedule, known)))
