@@ -110,9 +110,13 @@ def _best(
         return None
     if isinstance(ours, str):
         raise RuntimeError(f"ours for {shape} does not compile: {ours}")
+    chip = target(name).chip
+    if shape.flops > ours.bundles * chip.flops_per_cycle("bfloat16") * chip.num_cores:
+        raise RuntimeError(f"{name}: ours for {shape} cannot take {ours.bundles} bundles, less than its products "
+                           "alone: a kernel was executed with operands that are not its own")  # fmt: skip
     compiled = [(c, (p["pages"] * shape.page_size, p["queries"])) for p, c in peers if isinstance(c, Count)]
     peer, block = min(compiled, key=lambda each: each[0].bundles, default=(None, None))
-    return Comparison(shape, target(name).chip, ours, peer, block)
+    return Comparison(shape, chip, ours, peer, block)
 
 
 def decode_results(name: str, kv_dtype: str, found: list[Comparison]) -> list[Result]:

@@ -61,11 +61,13 @@ def test_when_ours_serves_nothing_every_floor_is_missed():
 def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
     shape = AttentionShape(32, 1, 1024)
     programs = bench.contenders(shape)
-    found = [count(500), "does not fit", *(count(900 - i) for i in range(len(programs) - 2))]
+    found = [count(500_000), "does not fit", *(count(900_000 - i) for i in range(len(programs) - 2))]
     best = bench._best(shape, "v6e:1", programs, found)
-    assert best is not None and best.peer == found[-1] and best.ratio == 500 / found[-1].bundles
+    assert best is not None and best.peer == found[-1] and best.ratio == 500_000 / found[-1].bundles
     with pytest.raises(RuntimeError, match="does not compile: VMEM"):
         bench._best(shape, "v6e:1", programs, ["VMEM", *found[1:]])
+    with pytest.raises(RuntimeError, match="less than its products"):
+        bench._best(shape, "v6e:1", programs, [count(500), *found[1:]])
     assert bench._best(shape, "v6e:1", programs, ["Unsupported: H", *found[1:]]) is None
 
 
