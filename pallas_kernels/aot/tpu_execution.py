@@ -204,6 +204,9 @@ def _bundle(text: str, index: int, hbm_shift: int) -> tuple[list[str], list[str]
         if statement is None:
             continue
         condition, expression, write = statement
+        if match["opcode"].startswith("inlined_call_operand"):
+            reads.insert(0, write)  # in its register from the start, though another instruction here may write that
+            continue
         if condition:
             reads.append(f"c{number} = {condition}")
         if expression:

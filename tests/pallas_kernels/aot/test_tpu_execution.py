@@ -123,6 +123,13 @@ def test_a_bundle_reads_before_it_writes_and_delay_slots_run():
     assert tpu_execution.execute(schedule, {}).counts == (1, 2, 2, 2, 2, 1)
 
 
+def test_an_operand_is_in_its_register_before_the_first_bundle_writes_there():
+    schedule = program(
+        " : { %s1_s1 = smov 7 ;; %s9_s1 = inlined_call_operand.vmem [shape: s32[8], index: 2] }",
+        " : { %p1_p0 = scmp.eq.s32.totalorder %s1_s1, 7 }", *SKIPS_ONE)  # fmt: skip
+    assert tpu_execution.execute(schedule, {}).counts[3] == 0
+
+
 def test_dmas_count_bytes_and_fill_scalar_memory():
     schedule = program(
         " : { %s1_s1 = inlined_call_operand.hbm [shape: s32[300], index: 0, kind: input] }",
