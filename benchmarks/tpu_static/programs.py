@@ -102,10 +102,12 @@ def jax_attention(mesh: jax.sharding.Mesh, pages: int, queries: int, **fields: A
 
 
 def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
-    """Ours as a layer calls it: the schedule is an argument, made once a step; new keys and values are written."""
+    """Ours as a layer calls it: the schedule is an argument, made once a step; new keys and values are written. The pages
+    are of one layer: with more, the largest load is beyond the memory of a v5e.
+    """
     shape = AttentionShape(**fields)
     pages_a_row, tokens = shape.context // shape.page_size, shape.rows * shape.q_len
-    pages = attention.kv_pages_shape(2, shape.rows * pages_a_row, shape.page_size, shape.num_kv_heads, shape.head_dim,
+    pages = attention.kv_pages_shape(1, shape.rows * pages_a_row, shape.page_size, shape.num_kv_heads, shape.head_dim,
                                      shape.kv_dtype, implementation="tpu")  # fmt: skip
     classes = [shape.rows * (shape.q_len == 1), shape.rows * (shape.q_len == 1), shape.rows]
     known = (
@@ -135,7 +137,7 @@ def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
     def step(*arguments: Any):
         return layer(*arguments, schedule(*arguments[5:9]))  # type: ignore[call-arg]
 
-    calls = kernel_calls(step, *arrays, np.int32(1), *known, *scales, mesh=mesh)
+    calls = kernel_calls(step, *arrays, np.int32(0), *known, *scales, mesh=mesh)
     lengths = tuple(_shape(a.shape, a.dtype) for a in known)
     with jax.set_mesh(mesh):
         work = jax.eval_shape(schedule, *lengths)
