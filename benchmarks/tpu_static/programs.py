@@ -102,8 +102,8 @@ def jax_attention(mesh: jax.sharding.Mesh, pages: int, queries: int, **fields: A
 
 
 def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
-    """Ours as a layer calls it: the schedule is an argument, made once a step; new keys and values are written. The pages
-    are of one layer: with more, the largest load is beyond the memory of a v5e.
+    """Ours as a layer calls it: the schedule is an argument, made once a step; new keys and values are written. The
+    pages are of one layer: with more, the largest load is beyond the memory of a v5e.
     """
     shape = AttentionShape(**fields)
     pages_a_row, tokens = shape.context // shape.page_size, shape.rows * shape.q_len
