@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.aot import hlo, traffic
 from benchmarks.aot.models import MODELS
+from benchmarks.aot.partials import Partials
 from jaxinfer import memory, programs, sharding, startup
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.layout import DecodeLayout
@@ -24,6 +25,7 @@ from jaxinfer.quantization import WEIGHT_FORMATS
 from jaxinfer.start_options import Options
 from jaxinfer.types import SamplerForm
 from pallas_kernels.aot.targets import Target, target
+from pallas_kernels.ragged_paged_attention import AttentionSpec
 
 ROWS = 32
 CONTEXT = 2048
@@ -181,6 +183,7 @@ def decode_figures(compiled: jax.stages.Compiled, signature: programs.Signature)
     module = hlo.parse(compiled.as_text() or "")
     pages = signature.state.kv_pages
     local = pages.sharding.shard_shape(pages.shape)
+    partials = partials_of(signature)
     attends = 0
 
     def kernel_bytes(call: hlo.Instruction, computation: hlo.Computation) -> int | None:
@@ -189,7 +192,7 @@ def decode_figures(compiled: jax.stages.Compiled, signature: programs.Signature)
             return None
         operands = [array for name in call.operands for array in computation.instructions[name].arrays]
         attends += any(array.dims == local for array in operands)
-        return kernel_traffic(call, operands, local, signature)
+        return kernel_traffic(call, operands, local, signature, partials)
 
     items = traffic.count(module, kernel_bytes)
     total = sum(item.total for item in items)
@@ -204,9 +207,14 @@ def decode_figures(compiled: jax.stages.Compiled, signature: programs.Signature)
 
 
 def kernel_traffic(
-    call: hlo.Instruction, operands: list[hlo.Array], pages: tuple[int, ...], signature: programs.Signature
+    call: hlo.Instruction,
+    operands: list[hlo.Array],
+    pages: tuple[int, ...],
+    signature: programs.Signature,
+    partials: Partials | None,
 ) -> int:
-    """HBM bytes of one kernel call: of pages what the rows need, of a stack of weights one layer, all else once.
+    """HBM bytes of one kernel call: of pages what the rows need, of a stack of weights one layer, of partial results
+    those that there are, all else once.
 
     A kernel fetches whole pages, and each page of a row once.
     """
@@ -215,11 +223,28 @@ def kernel_traffic(
     for array in (*operands, *call.arrays):
         if array.dims == pages:
             continue
+        if partials is not None and partials.holds(array):
+            total += partials.num_bytes(array)
+            continue
         stacked = len(array.dims) == 3 and array.dims[0] == num_layers
         total += array.hbm_bytes // (num_layers if stacked else 1)
     if any(array.dims == pages for array in operands):
         total += kv_bytes(signature, page_tokens(signature)) // num_layers
     return total
+
+
+def partials_of(signature: programs.Signature) -> Partials | None:
+    """Of the decode step that is counted; None where another implementation than Hopper's attends."""
+    model: Any = signature.model
+    if model.implementation != "gpu":
+        return None
+    shards = sharding.tensor_parallel_size(signature.replicated.mesh)
+    num_kv_heads = sharding.sharded_sizes(model.config, shards).num_kv_heads // shards
+    spec = AttentionSpec(
+        model.config.num_heads // shards, num_kv_heads, model.config.head_dim, signature.batcher.config.page_size,
+        kv_dtype=signature.state.kv_pages.dtype, max_q_len=1,
+    )  # fmt: skip
+    return Partials.of(spec, ROWS, CONTEXT)
 
 
 def page_tokens(signature: programs.Signature) -> int:

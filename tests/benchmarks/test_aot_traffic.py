@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.aot import hlo, traffic
+from benchmarks.aot.partials import Partials
+from pallas_kernels.ragged_paged_attention import AttentionSpec
 
 # A loop over 4 layers of weights bf16[128,256] (65,536 B each). A fusion multiplies by the layer's slice, another one
 # writes a row of 512 B into the cache in place; the embedding is gathered from; the weight of the head is fetched into
@@ -68,6 +70,16 @@ def test_kernels_count_by_the_callers_formula():
     module = hlo.parse(LOOP.replace("%zero =", call, 1))
     assert bytes_by_name(module)["call"] == 2 * 64 * 256 * 2
     assert bytes_by_name(module, kernel_bytes=lambda call, _: 1234)["call"] == 1234
+
+
+def test_of_partial_results_those_in_use_count():
+    spec = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16, max_q_len=1)
+    partials = Partials.of(spec, num_rows=32, context=2048)
+    assert partials == Partials(room=32 * 8 * 32, used=32 * 8 * 4)  # splits of 512 tokens, room for 32
+    sums, scores, other = hlo.arrays("(f32[8192,128,8]{2,1,0}, f32[8192,2,8]{2,1,0}, bf16[8192,128,8]{2,1,0})")
+    assert [partials.holds(array) for array in (sums, scores, other)] == [True, True, False]
+    assert partials.num_bytes(sums) == 1024 * 128 * 8 * 4
+    assert Partials.of(spec, num_rows=32, context=512).used == 0
 
 
 @pytest.mark.parametrize(
