@@ -11,10 +11,13 @@ JOB = "benchmarks.tpu_static.programs:count_programs"
 SECONDS = 3600
 
 
-def counts(target_name: str, programs: list[dict[str, Any]]) -> list[Count | str]:
-    """A `Count`, or the compiler's complaint, for each program (`programs.KINDS`)."""
+def counts(target_name: str, programs: list[dict[str, Any]], seconds: float = SECONDS) -> list[Count | str]:
+    """A `Count`, or the compiler's complaint, for each program (`programs.KINDS`).
+
+    Raises as `toolchain.run`.
+    """
     arguments = {"target_name": target_name, "programs": programs}
-    found = toolchain.run(JOB, arguments, "tpu", dump=True, seconds=SECONDS).value
+    found = toolchain.run(JOB, arguments, "tpu", dump=True, seconds=seconds).value
     return [each["error"] if "error" in each else Count(**each) for each in found]
 
 

@@ -3,6 +3,7 @@
 The grid walks blocks of output features; a block of weights is all of D wide, so that a product is one sum, never
 carried from step to step. The rows of x stay in VMEM, and where activations are quantised they are so once, at the
 first block of features, into a scratch that all others reuse. Weights stream through the pipeline's two buffers.
+Sums of many rows pass through VMEM between the matrix unit's passes; beside them there is room for those moves.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from pallas_kernels.int8_matmul.contract import (
 
 LAST_WITH_LAST = (((1,), (1,)), ((), ()))
 LANES = 128
-# int8 tiles are 32 rows high: quantising in groups of 32 rows stores whole tiles, and a group in float32 fits the 64
-# vector registers; the whole block in one expression spills in most bundles.
+# int8 tiles are 32 rows high.
 QUANTIZED_ROWS = 32
+# From here on quantising takes long enough to be worth hiding.
+OVERLAPPED_ROWS = 128
 # Of the smallest VMEM of the served chips (64 MiB, TPU7x); what is left is the compiler's own for sums and spills.
 BLOCKS_BYTES = 40 * 2**20
 VMEM_BYTES = 56 * 2**20
@@ -80,7 +82,11 @@ def tiled_matmul(
         return core * blocks_a_core + j
 
     kernel = quantized_kernel if quantize_activations else weight_only_kernel
-    scratch = [pltpu.VMEM((tiling.rows, width), jnp.int8), pltpu.VMEM((tiling.rows, 1), jnp.float32)]
+    scratch = [
+        pltpu.VMEM((tiling.rows, width), jnp.int8),
+        pltpu.VMEM((tiling.rows, 1), jnp.float32),
+        pltpu.VMEM((tiling.rows, LANES), jnp.float32),
+    ]
     # A scale's layer is found in a tile of 8 layers: a block of one row would need another tiling, a copy of them all.
     scale_layers = min(num_layers, 8)
     return pl.pallas_call(
@@ -90,7 +96,11 @@ def tiled_matmul(
             num_scalar_prefetch=1,
             grid=(tiling.cores, num_row_blocks, blocks_a_core),
             in_specs=[
-                pl.BlockSpec((tiling.rows, width), lambda core, i, j, layer: (i, 0)),
+                pl.BlockSpec(
+                    (tiling.rows, width),
+                    lambda core, i, j, layer: (i, 0),
+                    pipeline_mode=pl.Buffered(1 if num_row_blocks == 1 else 2),
+                ),
                 pl.BlockSpec(
                     (None, tiling.out_features, width), lambda core, i, j, layer: (layer[0], feature_block(core, j), 0)
                 ),
@@ -118,47 +128,61 @@ def weight_only_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref):
     out_ref[...] = (sums * scale_of_layer(layer_ref, scale_ref)).astype(out_ref.dtype)
 
 
-def quantized_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized_ref, x_scale_ref):
+def quantized_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized_ref, x_scale_ref, factor_ref):
+    def store(sums: Array) -> None:
+        scaled = sums.astype(jnp.float32) * x_scale_ref[...] * scale_of_layer(layer_ref, scale_ref)
+        out_ref[...] = scaled.astype(out_ref.dtype)
+
+    def product(lanes: slice) -> Array:
+        return lax.dot_general(quantized_ref[:, lanes], values_ref[:, lanes], LAST_WITH_LAST,
+                               preferred_element_type=jnp.int32)  # fmt: skip
+
     @pl.when(pl.program_id(2) == 0)
     def _():
-        group = min(QUANTIZED_ROWS, x_ref.shape[0])
+        find_scales(x_ref, x_scale_ref, factor_ref)
+        sums = jnp.zeros(out_ref.shape, jnp.int32)
+        for lanes in slices_of(*x_ref.shape):
+            quantize(x_ref, factor_ref, quantized_ref, lanes)
+            sums += product(lanes)
+        store(sums)
 
-        @pl.loop(0, x_ref.shape[0] // group)
-        def _(i):
-            quantize_rows(x_ref, quantized_ref, x_scale_ref, pl.ds(pl.multiple_of(i * group, group), group))
-
-    sums = lax.dot_general(quantized_ref[...], values_ref[...], LAST_WITH_LAST, preferred_element_type=jnp.int32)
-    scaled = sums.astype(jnp.float32) * x_scale_ref[...] * scale_of_layer(layer_ref, scale_ref)
-    out_ref[...] = scaled.astype(out_ref.dtype)
+    @pl.when(pl.program_id(2) > 0)
+    def _():
+        store(product(slice(None)))
 
 
-def quantize_rows(x_ref, quantized_ref, x_scale_ref, rows: Any) -> None:
-    """Two passes over slices of D, so that no more than a slice of the rows is in registers."""
-    width = x_ref.shape[1]
-    step = next(lanes for lanes in (1024, 512, 256, LANES) if width % lanes == 0)
+def slices_of(num_rows: int, width: int) -> list[slice]:
+    """Slices of D: rows of one are quantised beside the products of the one before (one stretch of code, in which the
+    compiler orders). 512 rows of 4096, first block of features: 5,264 bundles on a v6e, 2,500 + 4,250 one after the
+    other. Few rows are soon quantised, and partial sums cost.
+    """
+    step = round_up(pl.cdiv(width, 4), LANES) if num_rows >= OVERLAPPED_ROWS else width
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
-    def lanes(k):
-        return pl.ds(pl.multiple_of(k * step, LANES), step)
 
-    def largest_of(k, largest):
-        magnitude = jnp.abs(x_ref[rows, lanes(k)].astype(jnp.float32))
-        for start in range(0, step, LANES):
-            largest = jnp.maximum(largest, magnitude[:, start : start + LANES])
-        return largest
+def find_scales(x_ref, x_scale_ref, factor_ref) -> None:
+    """Scales of all rows, f32[rows, 1], and what the rows are multiplied by, in all lanes."""
+    num_rows, width = x_ref.shape
+    group = next(rows for rows in (256, 128, 64, QUANTIZED_ROWS, num_rows) if num_rows % rows == 0)
+    # Largest bfloat16 are exact in bfloat16, and so are two tiles of them in one register.
+    step = 2 * LANES if x_ref.dtype == jnp.bfloat16 and width % (2 * LANES) == 0 else LANES
 
-    def store(k, carry):
-        quotients = x_ref[rows, lanes(k)].astype(jnp.float32) * factor
-        # By way of int32 the compiler rounds in one addition; straight to int8 it would saturate first.
-        quantized_ref[rows, lanes(k)] = jnp.rint(quotients).astype(jnp.int32).astype(jnp.int8)
-        return carry
+    @pl.loop(0, num_rows // group)
+    def _(i):
+        rows = pl.ds(pl.multiple_of(i * group, group), group)
+        largest = jnp.zeros((group, step), x_ref.dtype)
+        for start in range(0, width, step):
+            largest = jnp.maximum(largest, jnp.abs(x_ref[rows, start : start + step]))
+        maximum = jnp.maximum(largest.astype(jnp.float32).max(axis=1, keepdims=True), SMALLEST_MAXIMUM)
+        x_scale_ref[rows, :] = maximum * (1 / 127)
+        factor_ref[rows, :] = jnp.broadcast_to(127 / maximum, (group, LANES))
 
-    steps = width // step
-    unroll = next(times for times in (4, 2, 1) if steps % times == 0)
-    by_lane = lax.fori_loop(0, steps, largest_of, jnp.zeros((rows.size, LANES), jnp.float32), unroll=unroll)
-    largest = jnp.maximum(by_lane.max(axis=1, keepdims=True), SMALLEST_MAXIMUM)
-    factor = 127 / largest
-    x_scale_ref[rows, :] = largest * (1 / 127)
-    lax.fori_loop(0, steps, store, None, unroll=unroll)
+
+def quantize(x_ref, factor_ref, quantized_ref, lanes: slice) -> None:
+    factor = jnp.concatenate([factor_ref[...]] * ((lanes.stop - lanes.start) // LANES), axis=1)
+    quotients = x_ref[:, lanes].astype(jnp.float32) * factor
+    # By way of int32 the compiler rounds in one addition; straight to int8 it would saturate first.
+    quantized_ref[:, lanes] = jnp.rint(quotients).astype(jnp.int32).astype(jnp.int8)
 
 
 def scale_of_layer(layer_ref, scale_ref) -> Array:
@@ -168,11 +192,11 @@ def scale_of_layer(layer_ref, scale_ref) -> Array:
 
 def choose_tiling(num_rows: int, width: int, out_features: int, itemsize: int, blocks: Blocks) -> Tiling:
     """Blocks that fit VMEM. Rows are spread evenly over as few blocks as `blocks.rows` allows: a block that is mostly
-    padding costs as much as a full one.
+    padding costs as much as a full one, and each reads all weights.
     """
     features = min(max(LANES, blocks.weight_bytes // width // LANES * LANES), round_up(out_features, LANES))
-    most = blocks.rows
-    while most > 8 and vmem_bytes(most, features, width, itemsize) > BLOCKS_BYTES:
+    most = min(blocks.rows, num_rows)
+    while most > 8 and vmem_bytes(most, features, width, itemsize, most < num_rows) > BLOCKS_BYTES:
         most //= 2
     rows = pl.cdiv(num_rows, pl.cdiv(num_rows, most))
     rows = round_up(rows, QUANTIZED_ROWS) if rows > 16 else round_up(rows, 8)
@@ -180,9 +204,12 @@ def choose_tiling(num_rows: int, width: int, out_features: int, itemsize: int, b
     return Tiling(rows, features, cores)
 
 
-def vmem_bytes(rows: int, features: int, width: int, itemsize: int) -> int:
-    """Two buffers of x, weights and a float32 result, the quantised x, and one block of sums."""
-    return rows * width * (2 * itemsize + 1) + 2 * features * width + rows * features * 12
+def vmem_bytes(rows: int, features: int, width: int, itemsize: int, more_rows: bool) -> int:
+    """Buffers of x (one, or two when more rows follow), two of weights and of a float32 result, the quantised x, one
+    block of sums.
+    """
+    x_bytes = (2 if more_rows else 1) * itemsize + 1
+    return rows * width * x_bytes + 2 * features * width + rows * features * 12
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -199,7 +226,7 @@ def unsupported_reasons(spec: Int8MatmulSpec) -> list[str]:
     served = ("bfloat16", "float32") if spec.quantize_activations else ("bfloat16",)
     if jnp.dtype(spec.dtype).name not in served:
         reasons.append(f"x has dtype {jnp.dtype(spec.dtype).name}, served are {' and '.join(served)} in this form")
-    needed = vmem_bytes(8, LANES, round_up(spec.in_features, LANES), jnp.dtype(spec.dtype).itemsize)
+    needed = vmem_bytes(8, LANES, round_up(spec.in_features, LANES), jnp.dtype(spec.dtype).itemsize, True)
     if needed > BLOCKS_BYTES:
         reasons.append(f"blocks of 8 rows and {LANES} features of D {spec.in_features} are {needed} bytes, "
                        f"more than {BLOCKS_BYTES} of VMEM")  # fmt: skip

@@ -65,8 +65,8 @@ def tuned(operation: Operation, keys: list[Key], target_name: str | None) -> Ite
         raise SystemExit(f"{operation.name} has no blocks to choose on {platform}: pass --target, one of {CHIPS}")
     for key in keys:
         trials = try_all(operation, key, platform, target_name)
-        tqdm.write("\n".join([f"{operation.name} on {kind}, {dict(key)}", *table(trials, unit)]))
-        best = winner(trials)
+        best = winner(trials, operation.most_spilling)
+        tqdm.write("\n".join([f"{operation.name} on {kind}, {dict(key)}", *table(trials, unit, best)]))
         if best is not None:
             yield tuning.Entry(kind, dict(key), best.blocks, provenance(best, unit, bool(target_name)))
 

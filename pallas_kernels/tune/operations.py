@@ -20,6 +20,7 @@ from pallas_kernels.ragged_paged_attention import tpu as attention_tpu
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
+from pallas_kernels.tune.choosing import MOST_SPILLING
 
 type Key = Mapping[str, str | int]
 type Blocks = dict[str, Any]
@@ -44,13 +45,15 @@ class Call:
 @dataclass(frozen=True)
 class Operation:
     """classes: keys of `tuned/<name>.json`. candidates: by key and platform. call: for a key with given blocks, to be
-    made where the device in use is the one that it is for (`jax.set_mesh`).
+    made where the device in use is the one that it is for (`jax.set_mesh`). most_spilling: share of the hot loop's
+    bundles that may store a spilled register before a candidate is passed over.
     """
 
     name: str
     classes: tuple[Key, ...]
     candidates: Callable[[Key, str], list[Blocks]]
     call: Callable[[Key, Blocks], Call]
+    most_spilling: float = MOST_SPILLING
 
 
 def decode_classes() -> tuple[Key, ...]:
@@ -105,9 +108,11 @@ def matmul_classes() -> tuple[Key, ...]:
 
 
 def matmul_candidates(key: Key, platform: str) -> list[Blocks]:
+    """On a TPU: blocks of 128 to 1024 features; what comes before the first block is there is not predicted."""
     if platform == "tpu":
         rows = (512, 1024) if int(key["rows"]) > 512 else (512,)
-        return [asdict(matmul_tpu.Blocks(most, 1 << size)) for most, size in itertools.product(rows, range(19, 23))]
+        sizes = (int(key["in_features"]) << features for features in range(7, 11))
+        return [asdict(matmul_tpu.Blocks(most, size)) for most, size in itertools.product(rows, sizes)]
     few = [matmul_gpu.Blocks(rows=64, warpgroups=1, slots=slots) for slots in (6, 8, 12)]
     many = [matmul_gpu.Blocks(rows, 2, slots) for rows, slots in itertools.product((128, 256), (3, 4, 6))]
     return [asdict(blocks) for blocks in (few if int(key["rows"]) <= 64 else many)]
@@ -128,7 +133,8 @@ def matmul_call(key: Key, blocks: Blocks) -> Call:
 
 
 DECODE = Operation("ragged_paged_attention_decode", decode_classes(), decode_candidates, decode_call)
-MATMUL = Operation("int8_matmul", matmul_classes(), matmul_candidates, matmul_call)
+# A product of many rows keeps its sums in VMEM by way of spills, XLA's own does too; stores are not what limits it.
+MATMUL = Operation("int8_matmul", matmul_classes(), matmul_candidates, matmul_call, most_spilling=1.0)
 OPERATIONS = {operation.name: operation for operation in (DECODE, MATMUL)}
 
 

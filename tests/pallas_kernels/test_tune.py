@@ -49,7 +49,8 @@ def test_without_a_candidate_that_works_there_is_no_winner():
 
 
 def test_the_table_marks_the_winner_and_names_what_was_skipped():
-    lines = table([trial(256, 0.0, error="too large"), trial(512, 1234.0, 1000, 0.021)], "predicted cycles")
+    best = trial(512, 1234.0, 1000, 0.021)
+    lines = table([trial(256, 0.0, error="too large"), best], "predicted cycles", best)
     assert lines == ["    kv=256: skipped, too large",
                      "  * kv=512: 1,234 predicted cycles, 1,000 bundles, 2.1% of the hot loop's spill"]  # fmt: skip
 
