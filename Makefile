@@ -60,20 +60,21 @@ AOT_TPU := 'libtpu==0.0.48.*'
 AOT_CUDA := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.* nvidia-nvvm==13.* \
     nvidia-cuda-crt==13.* nvidia-cuda-runtime==13.*
 AOT_INSTALL = $(CLEAN) $(PY) -m pip install --no-deps --only-binary :all: --target
+AOT_FAILED = { echo "the compilers for $@ could not be installed; pip says why above" >&2; exit 1; }
 
 aot-packages: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## the compilers for TPU and Hopper (1.4 GB) into .aot
 
 $(AOT)/tpu/libtpu: | $(STAMP)
 	@rm -rf $(AOT)/tpu
-	@$(AOT_INSTALL) $(AOT)/tpu.part $(AOT_TPU) | $(SHOW)
+	@$(AOT_INSTALL) $(AOT)/tpu.part $(AOT_TPU) | $(SHOW) || $(AOT_FAILED)
 	@mv $(AOT)/tpu.part $(AOT)/tpu
 
 $(AOT)/cuda/jax_plugins: | $(STAMP)
 	@rm -rf $(AOT)/cuda
-	@$(AOT_INSTALL) $(AOT)/cuda.part $(AOT_CUDA) | $(SHOW)
+	@$(AOT_INSTALL) $(AOT)/cuda.part $(AOT_CUDA) | $(SHOW) || $(AOT_FAILED)
 	@mv $(AOT)/cuda.part $(AOT)/cuda
 
-aot: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## whole steps of 8B and 70B models compiled for TPUs and Hopper, checked (ARGS='8b- v6e')
+aot: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## every kernel, and whole steps of 8B and 70B models, compiled for TPUs and Hopper, checked (ARGS='8b- v6e')
 	@$(PY) -m benchmarks.aot $(ARGS)
 
 test: $(STAMP) ## the whole test suite

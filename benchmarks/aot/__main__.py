@@ -1,49 +1,45 @@
-"""Whole steps compiled for TPUs and Hopper on a CPU, checked, as a table: `python -m benchmarks.aot [NAME ...]`.
+"""Whole steps, and every kernel, compiled for TPUs and Hopper on a CPU, checked, as tables.
 
-A name is that of a case ("8b-bf16-v6e:1") or a part of it ("v5e", "8b-"). `--largest` compiles only the largest program
-of each kind. Fails when a check does.
+python -m benchmarks.aot [--largest] [NAME ...]
+
+A name is a part of that of a case ("8b-bf16-v6e:1", "v5e", "8b-int8") or of a group of kernels ("kernels-8b-v6e:1",
+"kernels-tuned"). `--largest` compiles of each case only the largest program of each kind. Fails when a check does.
 """
 
 import sys
 import time
-from typing import Any
 
-from benchmarks.aot.cases import CASES, Case
-from benchmarks.aot.checks import complaints, table
-from pallas_kernels.aot import toolchain
-from pallas_kernels.aot.targets import target
-
-JOB = "benchmarks.aot.steps:compile_case"
-JOB_SECONDS = 1800
+from benchmarks.aot import checks, jobs, kernel_checks
+from benchmarks.aot.cases import CASES
+from pallas_kernels.aot.targets import CHIPS
 
 
 def main(names: list[str]) -> int:
-    """0 when every selected case passes its checks, 2 when nothing is selected."""
+    """0 when all that is selected passes its checks, 2 when nothing is selected."""
     every = "--largest" not in names
     names = [name for name in names if name != "--largest"]
-    chosen = [case for case in CASES if not names or any(name in case.name for name in names)]
-    if not chosen:
-        print(f"no case has any of {', '.join(names)} in its name; there are {', '.join(c.name for c in CASES)}",
-              file=sys.stderr)  # fmt: skip
+
+    def wanted(name: str) -> bool:
+        return not names or any(part in name for part in names)
+
+    steps = jobs.step_jobs([case for case in CASES if wanted(case.name)], every)
+    kernels = [job for chip in CHIPS for job in jobs.kernel_jobs(chip, wanted)]
+    if not steps + kernels:
+        print(f"nothing has any of {', '.join(names)} in its name; there are {', '.join(c.name for c in CASES)} and "
+              "kernels-{8b,70b,widths,tuned}-TARGET", file=sys.stderr)  # fmt: skip
         return 2
-    found: list[tuple[Case, dict[str, Any]]] = []
-    for case in chosen:
-        began = time.perf_counter()
-        found.append((case, run(case, every)))
-        print(f"{case.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    print(table(found))
-    wrong = [f"{case.name}: {complaint}" for case, result in found for complaint in complaints(case, result)]
+    began = time.perf_counter()
+    results = jobs.run(steps + kernels)
+    compiled, calls = results[: len(steps)], [call for some in results[len(steps) :] for call in some]
+    if compiled:
+        print(checks.table(compiled))
+    if calls:
+        print(kernel_checks.table(calls))
+    wrong = [f"{case.name}: {complaint}" for case, result in compiled for complaint in checks.complaints(case, result)]
+    wrong += [f"{call.title}: {complaint}" for call in calls for complaint in kernel_checks.complaints(call)]
     print("\n".join(wrong) or "every check passed")
+    print(f"{len(wrong)} complaints, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return int(bool(wrong))
-
-
-def run(case: Case, every: bool) -> dict[str, Any]:
-    """What the job of a case returns, or the failure that ended it."""
-    try:
-        platform = target(case.target).platform
-        return toolchain.run(JOB, case.arguments() | {"every": every}, platform, seconds=JOB_SECONDS).value
-    except toolchain.JobFailed as failure:
-        return {"failure": f"{failure.kind}: {failure.message}"}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+ROWS = 32
+"""Of the decode and verification steps that are looked at closely."""
+DRAFTED = 4
+"""Drafted tokens a row of a verification step: it has one query more."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -37,8 +37,10 @@ def complaints(case: Case, result: dict[str, Any]) -> list[str]:
 
 
 def compile_seconds(result: dict[str, Any]) -> float:
-    """On two cores that do nothing else: the time that passed, or where that is less half the processors' time."""
-    return min(result["seconds"], result["cpu_seconds"] / 2)
+    """On two cores that do nothing else: the time that passed, or where that is less (other work was beside it) half
+    the processors' time, and at least that of tracing, which is one thread's.
+    """
+    return min(result["seconds"], max(result["cpu_seconds"] / 2, result["tracing_seconds"]))
 
 
 def program_complaints(program: dict[str, Any], result: dict[str, Any]) -> list[str]:

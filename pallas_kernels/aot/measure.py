@@ -10,6 +10,8 @@ from pallas_kernels.aot.programs import OPERATIONS
 from pallas_kernels.aot.targets import target
 
 JOB = "pallas_kernels.aot.measure:compile_programs"
+BEGINS = "--- next program ---"
+"""Printed before each program is compiled, so that what the compilers print is known to be of it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def measure(
 ) -> list[Measured]:
     """Compiles `programs` (arguments of `programs.OPERATIONS[operation]`) for a target in one process.
 
-    A program that does not compile has an `error`; ptxas' report is one for all and given to each GPU program, so
-    compile one at a time where that matters.
+    A program that does not compile has an `error`. A kernel that several GPU programs share is assembled once, and
+    reported of the first.
 
     Raises as `toolchain.run`.
     """
@@ -55,8 +57,9 @@ def measure(
         "min_copy_bytes": min_copy_bytes,
     }
     finished = toolchain.run(JOB, arguments, where.platform, dump=where.platform == "tpu")
-    kernels = ptxas.read(finished.log) if where.platform == "cuda" else ()
-    return [_measured(each, kernels) for each in finished.value]
+    logs = finished.log.split(BEGINS)[1:]  # ptxas' reports of each program
+    return [_measured(each, ptxas.read(log) if where.platform == "cuda" else ())
+            for each, log in zip(finished.value, logs, strict=True)]  # fmt: skip
 
 
 def compile_programs(
@@ -76,6 +79,7 @@ def compile_programs(
 def _compile(operation, arguments, mesh, chip: str, min_copy_bytes: int, dump_folder: str | None) -> dict[str, Any]:
     import jax
 
+    print(BEGINS, flush=True)
     try:
         with jax.set_mesh(mesh):
             program = OPERATIONS[operation](**arguments)

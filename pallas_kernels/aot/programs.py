@@ -4,7 +4,7 @@ Letters as in the operations: R rows, T tokens, N query heads, K kv heads, H hea
 page, M pages a row, D in and F out features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import int8_matmul
 from pallas_kernels import ragged_paged_attention as attention
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
+from pallas_kernels.tune import operations as tuned_operations
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,21 @@ def int8_matmul_program(
     return Program("int8_matmul", matmul if num_layers is None else layers, arguments)
 
 
+def tuned_call(*, operation: str, key: Mapping[str, Any], blocks: Mapping[str, Any]) -> Program:
+    """The call of a shape class of `tune.operations` with given blocks, for the device in use (`jax.set_mesh`)."""
+    return program_of(operation, tuned_operations.OPERATIONS[operation].call(key, dict(blocks)))
+
+
+def program_of(name: str, call: tuned_operations.Call) -> Program:
+    """Values of arguments are dropped; pages are donated."""
+    shapes = jax.tree.map(lambda argument: jax.ShapeDtypeStruct(argument.shape, argument.dtype), call.arguments)
+    return Program(name, call.function, shapes, () if call.pages is None else (call.pages,))
+
+
 OPERATIONS: dict[str, Callable[..., Program]] = {
     "ragged_paged_attention": ragged_paged_attention,
     "int8_matmul": int8_matmul_program,
+    "tuned": tuned_call,
 }
 
 

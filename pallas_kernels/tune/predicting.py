@@ -3,15 +3,12 @@
 `compile_candidate` is a job of `pallas_kernels.aot.toolchain`. Everything it gives is predicted.
 """
 
-from typing import Any
-
 import jax
-import numpy as np
 
 from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.counting import execute_calls, hot_loop
 from pallas_kernels.aot.kernel_operands import kernel_calls
-from pallas_kernels.aot.programs import Program
+from pallas_kernels.aot.programs import program_of
 from pallas_kernels.aot.targets import target
 from pallas_kernels.tune.choosing import Trial
 from pallas_kernels.tune.operations import OPERATIONS, Blocks, Key
@@ -46,9 +43,7 @@ def compile_candidate(
     with jax.set_mesh(mesh):
         call = OPERATIONS[operation].call(key, blocks)
     calls = [(each.name, each.known()) for each in kernel_calls(call.function, *call.arguments, mesh=mesh)]
-    shapes = tuple(_shape(argument) for argument in call.arguments)
-    donated = () if call.pages is None else (call.pages,)
-    Program(operation, call.function, shapes, donated).compile(mesh)
+    program_of(operation, call).compile(mesh)
     # The fusions around the kernel are the same for every candidate.
     executed = [each for each in execute_calls(dump_folder, target_name.partition(":")[0], calls) if each.is_kernel]
     bundles = sum(each.execution.bundles for each in executed)
@@ -58,10 +53,3 @@ def compile_candidate(
     spilling = largest.schedule.spilling(hot_loop(largest.schedule, largest.execution))
     cost = max(bundles, num_bytes / where.chip.hbm_bytes_per_cycle)
     return {"cost": cost, "bundles": bundles, "spilling": spilling}
-
-
-def _shape(argument: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(argument, jax.ShapeDtypeStruct):
-        return argument
-    array = np.asarray(argument)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)

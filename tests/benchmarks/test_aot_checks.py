@@ -13,6 +13,7 @@ FOUND = {
     "attention": "tpu",
     "seconds": 300.0,
     "cpu_seconds": 100.0,  # on a busy machine: 50 s of two cores
+    "tracing_seconds": 30.0,
     "programs": [
         {"name": "decode", "donates": True, "temporaries": 5, "aliased": 1001, "copies": [], "allowed": 9},
         {"name": "logits", "donates": False, "temporaries": 5, "aliased": 0, "copies": [], "allowed": 9},

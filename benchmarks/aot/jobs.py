@@ -1,0 +1,107 @@
+"""The jobs of `make aot`: a model's step on a target, or some calls of kernels on a chip. Two run at once."""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from benchmarks.aot import kernels
+from benchmarks.aot.cases import Case
+from benchmarks.aot.kernel_checks import Found
+from benchmarks.aot.kernels import KernelProgram
+from pallas_kernels.aot import measure, toolchain
+from pallas_kernels.aot.measure import Measured
+from pallas_kernels.aot.targets import target
+
+STEP = "benchmarks.aot.steps:compile_case"
+STEP_SECONDS = 1800
+WORKERS = 2
+A_PROCESS = 12
+"""Calls of kernels: starting a process costs as much as compiling two or three."""
+MATMUL = "int8_matmul"
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: as on the command line. run: gives what `checks` or `kernel_checks` take. units: of progress."""
+
+    name: str
+    units: int
+    run: Callable[[], Any]
+
+
+def step_jobs(cases: Sequence[Case], every: bool) -> list[Job]:
+    return [Job(case.name, 1, lambda case=case: (case, compile_step(case, every))) for case in cases]
+
+
+def compile_step(case: Case, every: bool) -> dict[str, Any]:
+    """What the job of a case returns, or the failure that ended it."""
+    try:
+        platform = target(case.target).platform
+        return toolchain.run(STEP, case.arguments() | {"every": every}, platform, seconds=STEP_SECONDS).value
+    except toolchain.JobFailed as failure:
+        return {"failure": f"{failure.kind}: {failure.message}"}
+
+
+def kernel_jobs(chip: str, wanted: Callable[[str], bool]) -> Iterator[Job]:
+    """Of the groups whose names are wanted."""
+    chosen = [each for each in kernels.programs(chip) if wanted(each.group)]
+    for (name, _), group in itertools.groupby(chosen, key=lambda each: (each.group, each.operation)):
+        for some in itertools.batched(group, A_PROCESS):
+            yield Job(name, len(some), lambda some=some: compile_kernels(some))
+
+
+def compile_kernels(programs: Sequence[KernelProgram]) -> list[Found]:
+    """All of one operation, in one process; a matmul that spills more than others may is held against XLA's own."""
+    target_name = programs[0].target
+    try:
+        arguments = [dict(each.arguments) for each in programs]
+        measured = measure.measure(programs[0].operation, arguments, target_name)
+    except toolchain.JobFailed as failure:
+        measured = [Measured(dict(each.arguments), error=f"{failure.kind}: {failure.message}") for each in programs]
+    found = [Found(*each) for each in zip(programs, measured, strict=True)]
+    compared = [dot_arguments(each.program) for each in found if each.spills and is_matmul(each.program)]
+    dots = iter(measure.measure(MATMUL, compared, target_name) if compared else ())
+    return [each.beside(next(dots)) if each.spills and is_matmul(each.program) else each for each in found]
+
+
+def is_matmul(program: KernelProgram) -> bool:
+    return MATMUL in (program.operation, program.arguments.get("operation"))
+
+
+def dot_arguments(program: KernelProgram) -> dict[str, Any]:
+    """The same matmul by XLA."""
+    if program.operation == MATMUL:
+        return program.arguments | {"implementation": "xla"}
+    key = program.arguments["key"]
+    return {"num_rows": key["rows"], "in_features": key["in_features"], "implementation": "xla"}
+
+
+def run(jobs: Sequence[Job]) -> list[Any]:
+    """Results in the order of the jobs; a line on stderr as each ends, and a bar where that is a terminal."""
+    began = time.perf_counter()
+    total = sum(job.units for job in jobs)
+    with (
+        ThreadPoolExecutor(WORKERS) as pool,
+        tqdm(total=total, desc="compiling", unit="program", disable=None, leave=False) as bar,
+    ):
+        futures = {pool.submit(timed, job): job for job in jobs}
+        left: set[Future[Any]] = set(futures)
+        while left:
+            done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                job, seconds = futures[future], future.result()[1]
+                bar.update(job.units)
+                tqdm.write(f"{time.perf_counter() - began:5.0f} s  {job.name}: {seconds:.0f} s", file=sys.stderr)
+            bar.refresh()
+    return [future.result()[0] for future in futures]
+
+
+def timed(job: Job) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return job.run(), time.perf_counter() - began
