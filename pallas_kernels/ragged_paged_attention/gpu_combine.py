@@ -7,10 +7,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention.gpu_softmax import LOG2_E
 from pallas_kernels.ragged_paged_attention.gpu_units import (
     COLUMNS,
     COMBINED_COLUMNS,
-    LOG2_E,
     MATRIX_ROWS,
     NOTHING_SEEN,
     SLAB_ROWS,

@@ -22,13 +22,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention import gpu_softmax as softmax
 from pallas_kernels.ragged_paged_attention.contract import Options
 from pallas_kernels.ragged_paged_attention.gpu_combine import combine, write_output
 from pallas_kernels.ragged_paged_attention.gpu_schedule import DecodeSchedule
 from pallas_kernels.ragged_paged_attention.gpu_units import (
     COLUMNS,
     CONVERTED_ROWS,
-    LOG2_E,
     MATRIX_ROWS,
     MAX_FLOAT16,
     NOT_SEEN,
@@ -209,8 +209,8 @@ def load_queries(refs: Inputs, shape: Shape, unit: Unit, q_s) -> None:
 
 
 def score_factor(refs: Inputs, shape: Shape, head) -> Array | float:
-    """What a product is multiplied by for exp2: of the softmax, or with a soft cap that of its tanh."""
-    factor = shape.scale * LOG2_E * (1 if shape.soft_cap is None else 2 / shape.soft_cap)
+    """What a product is multiplied by, the scale of the pages' keys included."""
+    factor = softmax.score_factor(shape.scale, shape.soft_cap)
     return factor if refs.k_scale is None else factor * of_head(refs.k_scale, head)
 
 
@@ -218,9 +218,7 @@ def seen_scores(s: Array, factor, refs: Inputs, shape: Shape, unit: Unit, tile) 
     """Scores in units of log2, NOT_SEEN where a column's query does not see the position."""
     s = s * factor
     if shape.soft_cap is not None:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): the card's approximate tanh is off by 2^-11, that is 2.4 % of a probability
-        # at a cap of 50; exp2 by 2^-22.
-        s = (1 - 2 / (1 + jnp.exp2(s))) * (shape.soft_cap * LOG2_E)
+        s = softmax.capped(s, shape.soft_cap)
     position = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + tile * shape.tile
     last = unit.kv_len - unit.q_len
     if shape.queries > 1:
@@ -229,7 +227,7 @@ def seen_scores(s: Array, factor, refs: Inputs, shape: Shape, unit: Unit, tile) 
     seen = position <= last
     if refs.window is not None:
         window = refs.window[0]
-        seen = jnp.logical_and(seen, position > jnp.where(window > 0, last - window, -1))
+        seen = jnp.logical_and(seen, position > last - jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max // 2))
     return jnp.where(seen, s, NOT_SEEN)
 
 

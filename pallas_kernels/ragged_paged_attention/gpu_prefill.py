@@ -9,8 +9,9 @@ values: 128 rows a byte of K and V, with or without heads folded in.
 
 Scores of tile j + 1 are multiplied while the probabilities of tile j multiply the values, and the softmax of tile j + 1
 starts when its scores are there (`wait_n=1`), over the second product. That form keeps probabilities and accumulator in
-registers (`register_operands=True`), which Pallas' interpreter cannot run; the other form brings the probabilities
-through shared memory and adds each product to the accumulator, and differs in nothing else.
+registers (`register_operands=True`), which Pallas' interpreter cannot run. It is not the default before it has run on
+a card: the other form does one thing after the other, with the probabilities through shared memory and each product
+added to the accumulator, at H 256 for half of the values at a time.
 """
 
 from typing import Any
@@ -27,13 +28,13 @@ from pallas_kernels.ragged_paged_attention.gpu_prefill_compute import compute
 from pallas_kernels.ragged_paged_attention.gpu_prefill_copy import bring
 from pallas_kernels.ragged_paged_attention.gpu_prefill_schedule import MATRIX_ROWS, NUM_COMPUTE_WARPGROUPS
 from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import (
-    LOG2_E,
     TILE_COLUMNS,
     Inputs,
     PrefillBlocks,
     Shape,
     Shared,
 )
+from pallas_kernels.ragged_paged_attention.gpu_softmax import LOG2_E, score_factor
 from pallas_kernels.ragged_paged_attention.gpu_write import write_new
 
 # bfloat16 in shared memory as wgmma and TMA exchange it: 8 rows of 64 columns, 128 bytes, swizzled.
@@ -112,8 +113,7 @@ def option_arrays(options: Options, shape: Shape) -> dict[str, Array]:
         sinks = jnp.repeat(options.sinks * LOG2_E, shape.queries).reshape(-1, MATRIX_ROWS)
     return {
         "window": jnp.asarray(0 if options.window is None else options.window, jnp.int32).reshape(1),
-        # With a soft cap log2(e) comes after it.
-        "score_scale": by_kv_head(options.k_scale, options.scale * (LOG2_E if options.soft_cap is None else 1.0)),
+        "score_scale": by_kv_head(options.k_scale, score_factor(options.scale, options.soft_cap)),
         "output_scale": by_kv_head(options.v_scale, 1.0),
         "sinks": sinks,
         "columns": jnp.arange(shape.blocks.kv_tokens, dtype=jnp.int32),
@@ -145,14 +145,20 @@ def call_kernel(shape: Shape, arrays: dict[str, Any], outputs_ref: Any, interpre
 
 def scratch_types(shape: Shape) -> dict[str, Any]:
     blocks, width = shape.blocks, shape.head_dim
-    tile = plgpu.SMEM((blocks.slots, blocks.kv_tokens, width), jnp.bfloat16, transforms=TILED)
+
+    def tile(columns: int) -> Any:
+        return plgpu.SMEM((blocks.slots, blocks.kv_tokens, columns), jnp.bfloat16, transforms=TILED)
+
+    def raw(columns: int) -> Any:
+        return plgpu.SMEM((blocks.kv_tokens, columns), shape.kv_dtype, transforms=TILED_8_BIT)
+
     used = plgpu.Barrier(num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=blocks.slots)
     rows = (NUM_COMPUTE_WARPGROUPS, MATRIX_ROWS)
     full = plgpu.Barrier(num_arrivals=1 if shape.converts else shape.pages_a_tile, num_barriers=blocks.slots + 1)
     scratch = {
         "q": plgpu.SMEM((blocks.query_slots, *rows, width), jnp.bfloat16, transforms=TILED),
-        "k": tile,
-        "v": tile,
+        "k": tile(width),
+        "v": tile(shape.columns),
         "edge": plgpu.SMEM((*rows, TILE_COLUMNS), jnp.bfloat16),
         "q_full": plgpu.Barrier(num_arrivals=NUM_COMPUTE_WARPGROUPS * shape.heads, num_barriers=blocks.query_slots),
         "q_used": plgpu.Barrier(num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=blocks.query_slots),
@@ -164,7 +170,6 @@ def scratch_types(shape: Shape) -> dict[str, Any]:
     if not blocks.register_operands:
         scratch["p"] = plgpu.SMEM((*rows, blocks.kv_tokens), jnp.bfloat16, transforms=TILED)
     if shape.converts:
-        raw = plgpu.SMEM((blocks.kv_tokens, width), shape.kv_dtype, transforms=TILED_8_BIT)
         landed = plgpu.Barrier(num_arrivals=shape.pages_a_tile)
-        scratch |= {"raw_k": raw, "raw_v": raw, "raw_k_full": landed, "raw_v_full": landed}
+        scratch |= {"raw_k": raw(width), "raw_v": raw(shape.columns), "raw_k_full": landed, "raw_v_full": landed}
     return scratch

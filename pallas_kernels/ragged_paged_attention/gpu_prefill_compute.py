@@ -1,43 +1,32 @@
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 """The warpgroups of the Hopper prefill kernel that compute: scores, softmax, products with the values, outputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention.gpu_prefill_schedule import MATRIX_ROWS
+from pallas_kernels.ragged_paged_attention.gpu_prefill_schedule import MATRIX_ROWS, TOKEN_ALIGNMENT
 from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import (
-    LOG2_E,
     TILE_COLUMNS,
     Inputs,
     Shape,
     Shared,
     Unit,
     for_each_unit,
-    query_box,
 )
+from pallas_kernels.ragged_paged_attention.gpu_softmax import capped
 
 # The maximum before any score: finite, so that a row which sees nothing of a tile subtracts no infinities.
 NOTHING_SEEN = -1e30
 
-
-@dataclass(frozen=True)
-class Softmax:
-    """What changes with each tile: p bf16[64, S] of the last, m and l f32[64] (base 2), acc f32[64, H] in parts."""
-
-    p: Array
-    m: Array
-    l: Array
-    acc: tuple[Array, ...]
-
-
-jax.tree_util.register_dataclass(Softmax)
+type TileRef = Callable[[Array], Any]
+type TileSlot = Callable[[Array], Array]
 
 
 def compute(shape: Shape, inputs: Inputs, outputs: Any, shared: Shared, warpgroup: Array) -> None:
@@ -59,34 +48,20 @@ def attend_unit(
     shape: Shape, inputs: Inputs, shared: Shared, unit: Unit, query_slot: Array, warpgroup: Array, tiles_before: Array
 ) -> None:
     """Attention of a warpgroup's 64 rows; the outputs take the place of the queries in their slot."""
-    q = shared.q.at[query_slot + unit.zero, warpgroup]
-    slots = shape.blocks.slots
     score_scale, window = inputs.score_scale[unit.kv_head], inputs.window[0] if shape.window else None
     rows = Rows(shape, unit, warpgroup, window, score_scale, inputs.columns)
 
+    def queries_of(tile: Array) -> Any:
+        return shared.q.at[query_slot + unit.zero * tile, warpgroup]
+
     def slot_of(tile: Array) -> Array:
-        return lax.rem(tiles_before + tile - unit.first_tile, slots)
+        return lax.rem(tiles_before + tile - unit.first_tile, shape.blocks.slots)
 
-    def next_tile(tile: Array, state: Softmax) -> Softmax:
-        q = shared.q.at[query_slot + unit.zero * tile, warpgroup]
-        return overlapped(shape, shared, rows, q, tile, slot_of(tile - 1), slot_of(tile), state)
-
-    slot = slot_of(unit.first_tile)
-    plgpu.barrier_wait(shared.k_full.at[slot])
-    scores = pl.run_scoped(partial(multiply_scores, q, shared.k.at[slot]), scores_accumulator(shape))
-    plgpu.barrier_arrive(shared.k_used.at[slot])
-    m, l = first_state(shape, inputs, unit)
-    p, m, l, _ = softmax(rows, scores, unit.first_tile, m, l)
-    state = Softmax(p, m, l, tuple(zeros((MATRIX_ROWS, shape.columns)) for _ in range(shape.parts)))
-    state = lax.fori_loop(unit.first_tile + 1, unit.end_tile, next_tile, state)
-    slot = slot_of(unit.end_tile - 1)
-    plgpu.barrier_wait(shared.v_full.at[slot])
-    acc = add_values(shape, shared, state, warpgroup, slot, unit.zero)
-    plgpu.barrier_arrive(shared.v_used.at[slot])
-    factor = inputs.output_scale[unit.kv_head] / state.l
-    for index, part in enumerate(acc):
-        out = part * lax.broadcast_in_dim(factor, part.shape, [0])
-        q[:, pl.ds(index * shape.columns, shape.columns)] = out.astype(jnp.bfloat16)
+    attend = attend_overlapped if shape.blocks.register_operands else attend_in_order
+    l, acc = attend(rows, shared, queries_of, slot_of, *first_state(shape, inputs, unit))
+    factor = inputs.output_scale[unit.kv_head] / l
+    q = shared.q.at[query_slot + unit.zero, warpgroup]
+    q[:, pl.ds(0, shape.columns)] = scaled(acc, factor).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
@@ -123,17 +98,24 @@ def scores_accumulator(shape: Shape) -> Any:
     return plgpu.ACC((MATRIX_ROWS, shape.blocks.kv_tokens), jnp.float32)
 
 
-def multiply_scores(q: Any, keys: Any, scores: Any) -> Array:
-    plgpu.wgmma(scores, q, keys.transpose((1, 0)))
-    return scores[...]
+def multiply_scores(shape: Shape, shared: Shared, q: Any, slot: Array) -> Array:
+    """Scores f32[64, S] of the keys in `slot`, when they are there; the slot is free then."""
+
+    def multiply(scores: Any) -> Array:
+        plgpu.wgmma(scores, q, shared.k.at[slot].transpose((1, 0)))
+        return scores[...]
+
+    plgpu.barrier_wait(shared.k_full.at[slot])
+    scores = pl.run_scoped(multiply, scores_accumulator(shape))
+    plgpu.barrier_arrive(shared.k_used.at[slot])
+    return scores
 
 
 def softmax(rows: Rows, scores: Array, tile: Array, m: Array, l: Array) -> tuple[Array, Array, Array, Array]:
     """One tile of scores f32[64, S]: (p bf16[64, S], m, l, what the accumulator must be multiplied by), base 2."""
     shape, factor = rows.shape, rows.score_scale
     if shape.soft_cap is not None:
-        scores = jnp.tanh(scores * (factor / shape.soft_cap)) * (shape.soft_cap * LOG2_E)
-        factor = None
+        scores, factor = capped(scores * factor, shape.soft_cap), None
     elif shape.scale <= 0:  # the largest product is not the largest score
         scores, factor = scores * factor, None
     scores = lax.cond(needs_mask(rows, tile), partial(mask, rows, tile), lambda scores: scores, scores)
@@ -170,82 +152,107 @@ def mask(rows: Rows, tile: Array, scores: Array) -> Array:
     return jnp.where(seen, scores, -jnp.inf)
 
 
-def overlapped(
-    shape: Shape, shared: Shared, rows: Rows, q: Any, tile: Array, last_slot: Array, slot: Array, state: Softmax
-) -> Softmax:
-    """Scores and softmax of `tile` (in `slot`), and the product of the tile before with its values."""
-    values_slot = shared.v.at[last_slot]
-
-    def in_registers(scores_ref: Any, acc_ref: Any) -> Softmax:
-        acc_ref[...] = state.acc[0]
-        plgpu.barrier_wait(shared.k_full.at[slot])
-        plgpu.wgmma(scores_ref, q, shared.k.at[slot].transpose((1, 0)))
-        plgpu.barrier_wait(shared.v_full.at[last_slot])
-        plgpu.wgmma(acc_ref, state.p, values_slot)
-        scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-        plgpu.barrier_arrive(shared.k_used.at[slot])
-        p, m, l, alpha = softmax(rows, scores, tile, state.m, state.l)
-        acc = acc_ref[...]
-        plgpu.barrier_arrive(shared.v_used.at[last_slot])
-        return Softmax(p, m, l, (scaled(acc, alpha),))
-
-    if shape.blocks.register_operands:
-        return pl.run_scoped(in_registers, scores_accumulator(shape), plgpu.ACC((MATRIX_ROWS, shape.head_dim)))
-    plgpu.barrier_wait(shared.v_full.at[last_slot])
-    acc = add_values(shape, shared, state, rows.warpgroup, last_slot, rows.unit.zero * tile)
-    plgpu.barrier_arrive(shared.v_used.at[last_slot])
-    plgpu.barrier_wait(shared.k_full.at[slot])
-    scores = pl.run_scoped(partial(multiply_scores, q, shared.k.at[slot]), scores_accumulator(shape))
-    plgpu.barrier_arrive(shared.k_used.at[slot])
-    p, m, l, alpha = softmax(rows, scores, tile, state.m, state.l)
-    return Softmax(p, m, l, tuple(scaled(part, alpha) for part in acc))
-
-
 def scaled(acc: Array, by_row: Array) -> Array:
     return acc * lax.broadcast_in_dim(by_row, acc.shape, [0])
 
 
-def add_values(
-    shape: Shape, shared: Shared, state: Softmax, warpgroup: Array, slot: Array, zero: Array
-) -> tuple[Array, ...]:
-    """The accumulator in parts, with the product of p and the values in `slot` added."""
-    if shape.blocks.register_operands:
+# ---- tiles one after the other: what the interpreter runs ------------------------------------------------------------
 
-        def accumulate(acc_ref: Any) -> Array:
-            acc_ref[...] = state.acc[0]
-            plgpu.wgmma(acc_ref, state.p, shared.v.at[slot])
-            return acc_ref[...]
 
-        return (pl.run_scoped(accumulate, plgpu.ACC((MATRIX_ROWS, shape.head_dim))),)
-    p_ref = shared.p.at[warpgroup + zero]
-    p_ref[...] = state.p
-    plgpu.commit_smem()
+def attend_in_order(
+    rows: Rows, shared: Shared, queries_of: TileRef, slot_of: TileSlot, m: Array, l: Array
+) -> tuple[Array, Array]:
+    """(l, acc f32[64, columns]) of all tiles of a unit, probabilities through shared memory."""
+    shape, unit = rows.shape, rows.unit
+    accumulator = plgpu.ACC((MATRIX_ROWS, shape.columns))
 
-    def multiply(index: int, product: Any) -> Array:
-        plgpu.wgmma(product, p_ref, shared.v.at[slot, :, pl.ds(index * shape.columns, shape.columns)])
-        return product[...]
+    def step(tile: Array, state: tuple) -> tuple:
+        m, l, acc = state
+        slot = slot_of(tile)
+        scores = multiply_scores(shape, shared, queries_of(tile), slot)
+        p, m, l, alpha = softmax(rows, scores, tile, m, l)
+        p_ref = shared.p.at[rows.warpgroup + unit.zero * tile]
+        p_ref[...] = p
+        plgpu.commit_smem()
 
-    acc = state.acc
-    for index in range(shape.parts):
-        product = pl.run_scoped(partial(multiply, index), plgpu.ACC((MATRIX_ROWS, shape.columns)))
-        # Added now, not when the whole accumulator is wanted: products that wait would need its registers again.
-        acc = lax.optimization_barrier((*acc[:index], acc[index] + product, *acc[index + 1 :]))
-    return acc
+        def multiply(product: Any) -> Array:
+            plgpu.wgmma(product, p_ref, shared.v.at[slot])
+            return product[...]
+
+        plgpu.barrier_wait(shared.v_full.at[slot])
+        acc = scaled(acc, alpha) + pl.run_scoped(multiply, accumulator)
+        plgpu.barrier_arrive(shared.v_used.at[slot])
+        return m, l, acc
+
+    state = (m, l, zeros((MATRIX_ROWS, shape.columns)))
+    _, l, acc = lax.fori_loop(unit.first_tile, unit.end_tile, step, state)
+    return l, acc
+
+
+# ---- scores of a tile beside the product of the tile before, operands in registers -----------------------------------
+
+
+def attend_overlapped(
+    rows: Rows, shared: Shared, queries_of: TileRef, slot_of: TileSlot, m: Array, l: Array
+) -> tuple[Array, Array]:
+    """As `attend_in_order`, with p and the accumulator as operands in registers."""
+    shape, unit = rows.shape, rows.unit
+    accumulator = plgpu.ACC((MATRIX_ROWS, shape.columns))
+    # With 1 the address is the one that the outputs need: any other is a register more to the unit's end, and spilled.
+    scores = multiply_scores(shape, shared, queries_of(jnp.int32(1)), slot_of(unit.first_tile))
+    p, m, l, _ = softmax(rows, scores, unit.first_tile, m, l)
+
+    def step(tile: Array, state: tuple) -> tuple:
+        p, m, l, acc = state
+        slot, last_slot = slot_of(tile), slot_of(tile - 1)
+
+        def multiply(scores_ref: Any, acc_ref: Any) -> tuple:
+            acc_ref[...] = acc
+            plgpu.barrier_wait(shared.k_full.at[slot])
+            plgpu.wgmma(scores_ref, queries_of(tile), shared.k.at[slot].transpose((1, 0)))
+            plgpu.barrier_wait(shared.v_full.at[last_slot])
+            plgpu.wgmma(acc_ref, p, shared.v.at[last_slot])
+            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+            plgpu.barrier_arrive(shared.k_used.at[slot])
+            new_p, new_m, new_l, alpha = softmax(rows, scores, tile, m, l)
+            new_acc = acc_ref[...]
+            plgpu.barrier_arrive(shared.v_used.at[last_slot])
+            return new_p, new_m, new_l, scaled(new_acc, alpha)
+
+        return pl.run_scoped(multiply, scores_accumulator(shape), accumulator)
+
+    state = (p, m, l, zeros((MATRIX_ROWS, shape.columns)))
+    p, _, l, acc = lax.fori_loop(unit.first_tile + 1, unit.end_tile, step, state)
+    slot = slot_of(unit.end_tile - 1)
+
+    def multiply_last(acc_ref: Any) -> Array:
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, p, shared.v.at[slot])
+        return acc_ref[...]
+
+    plgpu.barrier_wait(shared.v_full.at[slot])
+    acc = pl.run_scoped(multiply_last, accumulator)
+    plgpu.barrier_arrive(shared.v_used.at[slot])
+    return l, acc
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------
 
 
 def store_unit(shape: Shape, outputs: Any, shared: Shared, unit: Unit, q: Any, warpgroup: Array) -> None:
-    """The tile's own tokens of the outputs [64, H] in `q`: in boxes where all are, else token by token."""
+    """The tile's own tokens of the outputs [64, columns] in `q`: in boxes where all are, else token by token."""
     start = unit.token + warpgroup * shape.queries
     whole = (unit.first <= start) & (start + shape.queries <= unit.end)
+    columns = pl.ds(unit.column, shape.columns)
 
     @pl.when(whole)
     def _():
-        for head in range(shape.heads):
-            source = q.at[pl.ds(head * shape.queries, shape.queries)]
-            plgpu.copy_smem_to_gmem(source, outputs.at[query_box(shape, unit, warpgroup, head)])
+        # A box is one piece of shared memory: of some columns only 8 rows are.
+        box = shape.queries if shape.parts == 1 else TOKEN_ALIGNMENT
+        for row in range(0, MATRIX_ROWS, box):
+            token = pl.multiple_of(start + row % shape.queries, TOKEN_ALIGNMENT)
+            target = outputs.at[pl.ds(token, box), unit.head + row // shape.queries, columns]
+            plgpu.copy_smem_to_gmem(q.at[pl.ds(row, box), pl.ds(0, shape.columns)], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(jnp.logical_not(whole))
@@ -255,9 +262,9 @@ def store_unit(shape: Shape, outputs: Any, shared: Shared, unit: Unit, q: Any, w
 
 def store_tokens(shape: Shape, outputs: Any, unit: Unit, q: Any, edge: Any, start: Array) -> None:
     """As `store_unit` for a tile that shares its tokens with other rows; `edge` [64, 64] is not tiled."""
-    for column in range(0, shape.head_dim, TILE_COLUMNS):
-        columns = pl.ds(column, TILE_COLUMNS)
-        edge[...] = plgpu.load(q.at[:, columns], layout=plgpu.Layout.WGMMA)
+    for column in range(0, shape.columns, TILE_COLUMNS):
+        columns = pl.ds(unit.column + column, TILE_COLUMNS)
+        edge[...] = plgpu.load(q.at[:, pl.ds(column, TILE_COLUMNS)], layout=plgpu.Layout.WGMMA)
         plgpu.commit_smem()
 
         @pl.loop(0, MATRIX_ROWS)

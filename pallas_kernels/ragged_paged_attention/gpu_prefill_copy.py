@@ -91,7 +91,7 @@ def bring_converted(shape: Shape, inputs: Inputs, shared: Shared, unit: Unit, ti
         for which, ((landing, landed), (target, used, full)) in enumerate(zip(raw, ready, strict=True)):
             plgpu.barrier_wait(landed)
             wait_for_slot(shape, used, filled)
-            convert(shape, landing, target.at[slot], live)
+            convert(shape, landing, target.at[slot], (shape.head_dim, shape.columns)[which], live)
             plgpu.barrier_arrive(full.at[slot])
 
             @pl.when(tile + 1 < unit.end_tile)
@@ -103,10 +103,10 @@ def bring_converted(shape: Shape, inputs: Inputs, shared: Shared, unit: Unit, ti
     return lax.fori_loop(unit.first_tile, unit.end_tile, tile_step, tiles_before)
 
 
-def convert(shape: Shape, source: Any, target: Any, live: Array) -> None:
-    """8-bit [kv_tokens, H] to bfloat16, zero from row `live` on (see `clear_tail`)."""
+def convert(shape: Shape, source: Any, target: Any, width: int, live: Array) -> None:
+    """8-bit [kv_tokens, width] to bfloat16, zero from row `live` on (see `clear_tail`)."""
     for first_row in range(0, shape.blocks.kv_tokens, MATRIX_ROWS):
-        for column in range(0, shape.head_dim, TILE_COLUMNS):
+        for column in range(0, width, TILE_COLUMNS):
             part = (pl.ds(first_row, MATRIX_ROWS), pl.ds(column, TILE_COLUMNS))
             # By float32: sm_90 has no conversion from float8 to bfloat16.
             block = plgpu.load(source.at[part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -130,24 +130,27 @@ def bring_queries(shape: Shape, inputs: Inputs, shared: Shared, unit: Unit, turn
 
 
 def bring_tile(shape: Shape, inputs: Inputs, unit: Unit, tile: Array, which: int, target: Any, barrier: Any) -> None:
-    """A tile of keys (which 0) or values (1). Beyond the row's pages its last page comes again: never another's."""
+    """A tile of keys (which 0) or of the unit's values (1). Beyond the row's pages its last page comes again: never
+    another's.
+    """
     box, layer = shape.box_tokens, inputs.layer[0]
+    columns = pl.ds(unit.column, shape.columns) if which else pl.ds(0, shape.head_dim)
     last_page = lax.div(unit.kv_len - 1, shape.page_size)
     for index in range(shape.pages_a_tile):
         position = tile * shape.blocks.kv_tokens + index * box
         page = inputs.table[unit.row, jnp.minimum(lax.div(position, shape.page_size), last_page)]
         slot = pl.multiple_of(lax.rem(position, shape.page_size), box)
-        source = inputs.pages.at[layer, page, which, unit.kv_head, pl.ds(slot, box)]
+        source = inputs.pages.at[layer, page, which, unit.kv_head, pl.ds(slot, box), columns]
         plgpu.copy_gmem_to_smem(source, target.at[pl.ds(index * box, box)], barrier)
 
 
 def clear_tail(shape: Shape, values: Any, live: Array) -> None:
-    """Zeroes the rows from `live` on of a tile of values [kv_tokens, H]: probability 0 times NaN would be NaN."""
+    """Zeroes the rows from `live` on of a tile of values [kv_tokens, columns]: probability 0 times NaN would be NaN."""
     for first_row in range(0, shape.blocks.kv_tokens, MATRIX_ROWS):
 
         @pl.when(live < first_row + MATRIX_ROWS)
         def _(first_row=first_row):
-            for column in range(0, shape.head_dim, TILE_COLUMNS):
+            for column in range(0, shape.columns, TILE_COLUMNS):
                 part = values.at[pl.ds(first_row, MATRIX_ROWS), pl.ds(column, TILE_COLUMNS)]
                 block = plgpu.load(part, layout=plgpu.Layout.WGMMA)
                 rows = plgpu.broadcasted_iota(jnp.int32, block.shape, 0, layout=plgpu.Layout.WGMMA)

@@ -1,6 +1,5 @@
 """What the parts of the Hopper prefill kernel share: static facts, refs, and the units of work a block walks over."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from pallas_kernels.ragged_paged_attention import gpu_prefill_schedule as tiles
 from pallas_kernels.ragged_paged_attention.gpu_prefill_schedule import MATRIX_ROWS
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
-LOG2_E = math.log2(math.e)
 # Columns of bfloat16 in a swizzled row of shared memory, 128 bytes.
 TILE_COLUMNS = 64
-# Columns of one product with the values where it does not stay in the accumulator: twice 128 columns of float32 and the
-# probabilities fit the registers of a thread, 256 and the accumulator do not.
+# Columns of a unit's values where products are added to the accumulator: twice 128 columns of float32 fit the registers
+# of a thread, 256 beside a product do not. So at H 256 a unit is half of a head's values, and its scores are multiplied
+# for either half: 1.5 times the products. Whole heads, with products of 128 or 64 columns, spilled 28 to 660 bytes.
 ADDED_COLUMNS = 128
 # Pallas' interpreter takes its time for every block, with and without work.
 INTERPRETED_BLOCKS = 2
@@ -49,8 +48,8 @@ class PrefillBlocks:
         narrow = head_dim <= 128
         num_blocks = INTERPRETED_BLOCKS if interpret else PrefillBlocks.num_blocks
         if is_scaled(kv_dtype):
-            slots = 2 if narrow else 1
-            return PrefillBlocks(64, slots, slots, num_blocks, register_operands)
+            slots = 2 if narrow or not register_operands else 1
+            return PrefillBlocks(64, slots, 2 if narrow else 1, num_blocks, register_operands)
         query_slots = 2 if narrow and register_operands else 1
         return PrefillBlocks(128 if narrow else 64, 2, query_slots, num_blocks, register_operands)
 
@@ -81,7 +80,7 @@ class Shape:
 
     @property
     def units_a_tile(self) -> int:
-        return self.num_kv_heads * self.group // self.heads
+        return self.num_kv_heads * self.group // self.heads * self.parts
 
     @property
     def pages_a_tile(self) -> int:
@@ -94,7 +93,7 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Of one product with the values."""
+        """Of the values and outputs of a unit: all of H, or a part."""
         return self.head_dim if self.blocks.register_operands else min(self.head_dim, ADDED_COLUMNS)
 
     @property
@@ -105,7 +104,9 @@ class Shape:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that computes and of one that copies: 504 for the three warpgroups (65,536 / 128, less 8)."""
-        return (208, 88) if self.converts else (232, 40)
+        if not self.converts:
+            return 232, 40
+        return (208, 88) if self.blocks.register_operands else (200, 104)
 
     @property
     def parts(self) -> int:
@@ -116,7 +117,7 @@ class Shape:
 class Inputs:
     """Refs in global memory.
 
-    Scales f32[K] have the static scale and log2(e) folded in. Sinks f32[N / heads, 64] have log2(e) in them and one
+    Scales f32[K] have `gpu_softmax.score_factor` folded in. Sinks f32[N / heads, 64] have log2(e) in them and one
     for each matrix row of a unit. Columns i32[S] are 0 .. S - 1 (see `gpu_prefill_compute.mask`).
     """
 
@@ -162,7 +163,7 @@ class Unit:
     """One unit of work, scalars i32[].
 
     Fields:
-      row: of the step. kv_head: of the pages. head: the first query head.
+      row: of the step. kv_head: of the pages. head: the first query head. column: the first of H.
       token: first packed token of the tile; first, end: packed tokens that are the tile's own.
       position: of `token` in the row, may be negative; kv_len: of the row.
       first_tile, end_tile: tiles of keys that any of its tokens sees.
@@ -173,6 +174,7 @@ class Unit:
     row: Array
     kv_head: Array
     head: Array
+    column: Any
     token: Array
     first: Array
     end: Array
@@ -213,6 +215,9 @@ def for_each_unit(shape: Shape, inputs: Inputs, act: Callable[[Array, Unit, Arra
 
 def read_unit(shape: Shape, inputs: Inputs, index: Array) -> Unit:
     item, part = lax.div(index, shape.units_a_tile), lax.rem(index, shape.units_a_tile)
+    column = 0
+    if shape.parts > 1:
+        part, column = lax.div(part, shape.parts), lax.rem(part, shape.parts) * shape.columns
     names = (tiles.ROW, tiles.TOKEN, tiles.FIRST, tiles.END, tiles.POSITION, tiles.KV_LEN, tiles.ZERO)
     row, token, first, end, position, kv_len, zero = (inputs.items[item, column] for column in names)
     seen_from = jnp.int32(0)
@@ -225,6 +230,7 @@ def read_unit(shape: Shape, inputs: Inputs, index: Array) -> Unit:
         row=row,
         kv_head=lax.div(part * shape.heads, shape.group),
         head=part * shape.heads,
+        column=pl.multiple_of(column, shape.columns) if shape.parts > 1 else 0,
         token=pl.multiple_of(token, tiles.TOKEN_ALIGNMENT),
         first=first,
         end=end,

@@ -1,6 +1,5 @@
 """What the kernels of Hopper decode share: static facts, refs in global and shared memory, units of work, layouts."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from pallas_kernels.ragged_paged_attention import gpu_schedule as work
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.gpu_schedule import DecodeSchedule
 
-LOG2_E = math.log2(math.e)
 # A score that is not seen, and the maximum before any score: finite, and apart, so that exp2 of their difference is 0
 # without a second selection.
 NOT_SEEN, NOTHING_SEEN = -1e30, -1e29
