@@ -6,7 +6,7 @@ from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.measure import measure
 
 # Rows of one query and of a few (rows of many: test_gpu_prefill): every head width with every dtype of the pages, every
-# page size, every option for one query and for several; 12 queries of 4 heads are the most columns of the decode kernel.
+# page size, every option for one query and for several; 12 queries of 4 heads are the most columns of decode.
 # One row of one kv head: what is split most.
 PROGRAMS = [
     {"head_dim": 64, "kv_dtype": "int8", "page_size": 32, "q_len": 5},
