@@ -9,14 +9,16 @@ is predicted, and a bound. Without libtpu (`make aot-packages`) it says so, and 
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.report import Result, exit_code, report
-from benchmarks.tpu_static import blocks
-from benchmarks.tpu_static.measure import counts_of_targets
-from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
+from benchmarks.tpu_static import blocks, matmuls
+from benchmarks.tpu_static.measure import Group, counts_of_groups
+from benchmarks.tpu_static.shapes import AttentionShape, Count
 from benchmarks.workloads import is_quick
 from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.targets import Chip, target
@@ -25,7 +27,6 @@ TARGETS = ("v5e:1", "v6e:1")
 SHOWN_TARGETS = ("v5p:1", "tpu7x:1")
 """Printed only: no floor is set for them."""
 PAGE_SIZES = (16, 128)
-MANY_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class Comparison:
         peer = "no block of jax's compiles"
         if self.peer and self.blocks:
             peer = f"jax {self.peer.bundles / tokens:6.2f} at {self.blocks[0]} x {self.blocks[1]}: {self.ratio:.2f}x"
-        name = f"{shape.rows} x {shape.q_len} at {shape.context}, pages of {shape.page_size} {shape.kv_dtype}"
         return (
-            f"  {name:46} bundles a token {ours.bundles / tokens:6.2f}, {peer}; "
+            f"{shape.title:46} bundles a token {ours.bundles / tokens:6.2f}, {peer}; "
             f"loop of {ours.hot_bundles} spills in {ours.spilling:.1%}, around {ours.around}; "
             f"bandwidth {self.share_of_bandwidth:.2f}, matrix peak {self.share_of_matrix_peak:.2f}"
         )
@@ -86,36 +86,32 @@ def contenders(shape: AttentionShape) -> list[dict[str, Any]]:
     ]
 
 
-def compare(shapes: dict[str, list[AttentionShape]]) -> dict[str, list[Comparison]]:
-    """By target; a shape that ours refuses is printed and left out.
-
-    Raises RuntimeError when ours does not compile.
-    """
-    programs = {name: [program for shape in those for program in contenders(shape)] for name, those in shapes.items()}
-    found = counts_of_targets(programs)
-    return {
-        name: [best for shape in those if (best := _best(shape, name, programs[name], found[name])) is not None]
-        for name, those in shapes.items()
-    }
+def attention_groups(target_name: str, quick: bool) -> list[tuple[AttentionShape, Group]]:
+    """Prefill, which compiles longest, before decode. Targets without floors have the longest context only."""
+    has_floors = target_name in TARGETS
+    shapes = prefill_shapes() if not quick else []
+    for kv_dtype in ("bfloat16", "int8"):
+        rows = (32, 256) if has_floors and kv_dtype == "bfloat16" and not quick else (32,)
+        contexts = (1024,) if quick else (1024, 8192) if has_floors else (8192,)
+        shapes += decode_shapes(kv_dtype, rows, contexts)
+    return [(shape, Group(target_name, shape.title, tuple(contenders(shape)))) for shape in shapes]
 
 
-def _best(
-    shape: AttentionShape, name: str, programs: list[dict[str, Any]], found: list[Count | str]
-) -> Comparison | None:
-    wanted = asdict(shape)
-    mine = [(p, c) for p, c in zip(programs, found, strict=True) if {key: p[key] for key in wanted} == wanted]
-    (_, ours), *peers = mine
+def compare(shape: AttentionShape, group: Group, found: Sequence[Count | str]) -> Comparison | None:
+    """None, and a line about it, for a shape that ours refuses. Raises RuntimeError when ours does not compile."""
+    ours, *peers = found
     if isinstance(ours, str) and ours.startswith("Unsupported"):
-        print(f"{name}: {shape}: {ours}")
+        tqdm.write(f"{group.target_name}: {shape.title}: {ours}")
         return None
     if isinstance(ours, str):
         raise RuntimeError(f"ours for {shape} does not compile: {ours}")
-    chip = target(name).chip
+    chip = target(group.target_name).chip
     if shape.flops > ours.bundles * chip.flops_per_cycle("bfloat16") * chip.num_cores:
-        raise RuntimeError(f"{name}: ours for {shape} cannot take {ours.bundles} bundles, less than its products "
-                           "alone: a kernel was executed with operands that are not its own")  # fmt: skip
-    compiled = [(c, (p["pages"] * shape.page_size, p["queries"])) for p, c in peers if isinstance(c, Count)]
-    peer, block = min(compiled, key=lambda each: each[0].bundles, default=(None, None))
+        raise RuntimeError(f"{group.target_name}: ours for {shape} cannot take {ours.bundles} bundles, less than its "
+                           "products alone: a kernel was executed with operands that are not its own")  # fmt: skip
+    tried = [(count, (program["pages"] * shape.page_size, program["queries"]))
+             for program, count in zip(group.programs[1:], peers, strict=True) if isinstance(count, Count)]  # fmt: skip
+    peer, block = min(tried, key=lambda each: each[0].bundles, default=(None, None))
     return Comparison(shape, chip, ours, peer, block)
 
 
@@ -162,60 +158,38 @@ def small_pages(found: list[Comparison]) -> float:
     return max((bundles[16] / bundles[128] for bundles in by_load.values()), default=math.nan)
 
 
-def measure_attention(quick: bool) -> list[Result]:
-    results: list[Result] = []
-    rows, contexts = ((32,), (1024,)) if quick else ((32, 256), (1024, 8192))
-    for kv_dtype in ("bfloat16", "int8"):
-        shapes = {
-            name: decode_shapes(kv_dtype, rows if kv_dtype == "bfloat16" else (32,), contexts) for name in TARGETS
-        }
-        shapes |= {name: decode_shapes(kv_dtype, (32,), contexts[-1:]) for name in SHOWN_TARGETS if not quick}
-        results += show(compare(shapes), lambda name, found, dtype=kv_dtype: decode_results(name, dtype, found))
-    prefill = {name: prefill_shapes() for name in (*TARGETS, *(() if quick else SHOWN_TARGETS))}
-    return results + show(compare(prefill), prefill_results)
+def attention_results(target_name: str, found: list[Comparison]) -> list[Result]:
+    """Without marks for targets that have no floors."""
+    decode = {dtype: [each for each in found if each.shape.q_len == 1 and each.shape.kv_dtype == dtype]
+              for dtype in ("bfloat16", "int8")}  # fmt: skip
+    prefill = [each for each in found if each.shape.q_len > 1]
+    marked = [result for dtype, those in decode.items() for result in decode_results(target_name, dtype, those)]
+    marked += prefill_results(target_name, prefill)
+    if target_name in TARGETS:
+        return marked
+    return [Result(result.name, result.value, result.unit, better=result.better) for result in marked]
 
 
-def show(found: dict[str, list[Comparison]], results: Callable[[str, list[Comparison]], list[Result]]) -> list[Result]:
-    """Prints a line a shape; the results of targets that have floors, and without marks of the others."""
-    kept: list[Result] = []
-    for name, those in found.items():
-        print(f"{name}\n" + "\n".join(each.line() for each in those), flush=True)
-        marked = results(name, those)
-        kept += marked if name in TARGETS else [
-            Result(r.name, r.value, r.unit, better=r.better) for r in marked
-        ]  # fmt: skip
-    return kept
+def measure(quick: bool) -> list[Result]:
+    """Groups that compile longest first; lines as they are counted."""
+    names = TARGETS if quick else (*TARGETS, *SHOWN_TARGETS)
+    todo: list[tuple[AttentionShape | None, Group]] = [pair for name in names for pair in attention_groups(name, quick)]
+    todo.sort(key=lambda pair: pair[0] is not None and pair[0].q_len == 1)
+    todo += [(None, group) for name in TARGETS for group in matmuls.groups(name, quick)]
+    compared: dict[str, list[Comparison]] = {name: [] for name in names}
+    products: dict[str, list[matmuls.MatmulComparison]] = {name: [] for name in TARGETS}
 
-
-def measure_matmul() -> list[Result]:
-    """The implementation that callers get, beside XLA's dot."""
-    rows = (1, 8, 64, 512)
-    programs = {name: [{"kind": "matmul", "implementation": implementation, **asdict(MatmulShape(n))}
-                       for n in rows for implementation in (None, "xla")] for name in TARGETS}  # fmt: skip
-    results: list[Result] = []
-    for name, found in counts_of_targets(programs).items():
-        chip = target(name).chip
-        for n, ours, xla in zip(rows, found[::2], found[1::2], strict=True):
-            if not isinstance(ours, Count) or not isinstance(xla, Count):
-                raise RuntimeError(f"{n} rows do not compile: {ours} {xla}")
-            results += matmul_results(f"{name} int8 matmul, {n} rows, predicted", MatmulShape(n), chip, ours, xla)
-    return results
-
-
-def matmul_results(title: str, shape: MatmulShape, chip: Chip, ours: Count, xla: Count) -> list[Result]:
-    """From MANY_ROWS on the matrix slots, below the bandwidth. Bundles hold the quantisation, on both sides."""
-    matrix = shape.flops / chip.flops_per_cycle("int8")
-    memory = shape.ideal_bytes / chip.hbm_bytes_per_cycle
-    beside = Result(f"{title} bundles over those of XLA's dot", ours.bundles / xla.bundles, "x")
-    if shape.rows >= MANY_ROWS:
-        return [
-            Result(f"{title} matrix slots in use in the loop", ours.matrix_fill, "", 0.90, 0.98, "higher"),
-            Result(f"{title} share of matrix peak", matrix / ours.bundles, "", better="higher"),
-            Result(f"{title} matrix slots in use by XLA's", xla.matrix_fill, "", better="higher"),
-            beside,
-        ]
-    share = memory / max(ours.bundles, ours.bytes_moved / chip.hbm_bytes_per_cycle)
-    return [Result(f"{title} share of bandwidth", share, "", 0.75, 0.90, "higher"), beside]
+    for index, found in counts_of_groups([group for _, group in todo]):
+        shape, group = todo[index]
+        if shape is None:
+            new = matmuls.comparisons(group, found)
+            products[group.target_name] += new
+        else:
+            new = [each for each in (compare(shape, group, found),) if each is not None]
+            compared[group.target_name] += new
+        tqdm.write("\n".join(f"{group.target_name:8} {each.line()}" for each in new))
+    results = [result for name in TARGETS for result in matmuls.results(name, products[name])]
+    return results + [result for name in names for result in attention_results(name, compared[name])]
 
 
 def skipped() -> list[Result]:
@@ -232,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped: {reason}")
         report("tpu_static", skipped())
         return 0
-    results = measure_matmul() + measure_attention(quick)
+    results = measure(quick)
     report("tpu_static", results)
     return exit_code(results)
 

@@ -18,17 +18,19 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as in_jax
 from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
 from pallas_kernels import int8_matmul
 from pallas_kernels import ragged_paged_attention as attention
-from pallas_kernels.aot.counting import execute_calls, hot_loop
+from pallas_kernels.aot.counting import Executed, execute_calls, hot_loop
 from pallas_kernels.aot.kernel_operands import kernel_calls
 from pallas_kernels.aot.programs import Program
 from pallas_kernels.aot.targets import target
 from pallas_kernels.aot.tpu_execution import Execution
-from pallas_kernels.aot.tpu_schedule import FILL, MATRIX, Region, Schedule
+from pallas_kernels.aot.tpu_schedule import FILL, MATRIX, Schedule
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 
 # jax's kernel asks for blocks of any size when it may use more than the compiler's default of 16 MiB of VMEM.
 VMEM_LIMIT = 100 << 20
 SCALE = 0.03
+# Of the matmuls' stacks.
+NUM_LAYERS = 4
 
 
 def count_programs(target_name: str, programs: list[dict[str, Any]], dump_folder: str) -> list[dict[str, Any]]:
@@ -65,15 +67,29 @@ def count(
         hot_passes=execution.runs(hot),
         spilling=schedule.spilling(hot),
         fills=hot.total(FILL),
-        matrix_fill=matrix_fill(schedule, execution, hot),
+        step_fill=step_fill(schedule, execution),
+        whole_fill=whole_fill(executed),
     )
 
 
-def matrix_fill(schedule: Schedule, execution: Execution, region: Region) -> float:
-    """Share of the matrix units' slots in use over the bundles of a region that were issued, inner loops included."""
-    bundles = range(region.first, region.last + 1)
-    used = sum(execution.counts[index] * schedule.utilization[index][MATRIX] for index in bundles)
-    return used / (schedule.capacity[MATRIX] * sum(execution.counts[index] for index in bundles))
+def step_fill(schedule: Schedule, execution: Execution) -> float:
+    """Share of the matrix units' slots in use in one pass through the part (a loop, or what a branch skips) that issues
+    most bundles, with a pass of the loops around it.
+    """
+    busiest = max(schedule.root.walk(), key=lambda region: region.bundles * execution.runs(region))
+    around = [region for region in schedule.root.walk() if region.first <= busiest.first <= busiest.last <= region.last]
+    bundles = sum(region.bundles for region in around if region is not schedule.root or region is busiest)
+    return busiest.use[MATRIX] / (schedule.capacity[MATRIX] * bundles)
+
+
+def whole_fill(executed: list[Executed]) -> float:
+    """Share of those slots in use over all bundles that a program issued."""
+    used = sum(
+        count * use[MATRIX] / each.schedule.capacity[MATRIX]
+        for each in executed
+        for count, use in zip(each.execution.counts, each.schedule.utilization, strict=True)
+    )
+    return used / sum(each.execution.bundles for each in executed)
 
 
 type Built = tuple[Program, list[tuple[str, dict[int, np.ndarray]]]]
@@ -145,17 +161,27 @@ def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
     return program, [(call.name, call.known()) for call in calls]
 
 
-def matmul(mesh: jax.sharding.Mesh, implementation: str | None, **fields: Any) -> Built:
-    """int8 weights times bfloat16 rows that are quantised too; None is the implementation that callers get."""
+def matmul(mesh: jax.sharding.Mesh, implementation: str, **fields: Any) -> Built:
+    """int8 weights times bfloat16 rows that are quantised too, as a scan over layers calls it: with the stack and the
+    layer's number. What is outside of the loop counts with it, a few bundles. All layers have the same rows: where XLA
+    quantises them before the loop, that is counted once, as it would be in a layer.
+    """
     shape = MatmulShape(**fields)
+    stack = (NUM_LAYERS, shape.out_features)
 
-    def product(x, values, scale):
-        return int8_matmul.int8_matmul(x, values, scale, quantize_activations=True, implementation=implementation)
+    def layers(x, values, scale):
+        def layer(_, number):
+            product = int8_matmul.int8_matmul(x, values, scale, quantize_activations=True, layer=number,
+                                              implementation=implementation)  # fmt: skip
+            return product, None
 
-    arrays = (_shape((shape.rows, shape.in_features)), _shape((shape.out_features, shape.in_features), "int8"),
-              _shape((shape.out_features, 1), "float32"))  # fmt: skip
-    calls = kernel_calls(product, *arrays, mesh=mesh)
-    return Program("matmul", product, arrays), [(call.name, call.known()) for call in calls]
+        result = jnp.zeros((shape.rows, shape.out_features), x.dtype)
+        return jax.lax.scan(layer, result, jnp.arange(NUM_LAYERS))[0]
+
+    arrays = (_shape((shape.rows, shape.in_features)), _shape((*stack, shape.in_features), "int8"),
+              _shape((*stack, 1), "float32"))  # fmt: skip
+    calls = [("int8_matmul", {0: np.array([1], np.int32)})] if implementation == "tpu" else []
+    return Program("matmul", layers, arrays), calls
 
 
 KINDS: dict[str, Callable[..., Built]] = {"jax": jax_attention, "ours": our_attention, "matmul": matmul}

@@ -19,6 +19,10 @@ class AttentionShape:
     head_dim: int = 128
 
     @property
+    def title(self) -> str:
+        return f"{self.rows} x {self.q_len} at {self.context}, pages of {self.page_size} {self.kv_dtype}"
+
+    @property
     def kv_bytes(self) -> int:
         """Keys and values of all rows, once."""
         width = 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.kv_dtype]
@@ -46,8 +50,9 @@ class Count:
       bundles: issued, in all its kernels and fusions; around: those outside of the Pallas kernels.
       bytes_moved: by DMAs between HBM and the core.
       hot_bundles, hot_passes: of the loop in which most are issued, one pass, and passes.
-      spilling: share of its bundles that store a spilled register; fills: loads of those in one pass; matrix_fill:
-        share of the matrix units' slots in use over all its passes.
+      spilling: share of its bundles that store a spilled register; fills: loads of those in one pass.
+      step_fill, whole_fill: share of the matrix units' slots in use, in the step that the largest kernel repeats most,
+        and over all bundles.
     """
 
     bundles: int
@@ -57,16 +62,17 @@ class Count:
     hot_passes: int
     spilling: float
     fills: int
-    matrix_fill: float
+    step_fill: float
+    whole_fill: float
 
 
 @dataclass(frozen=True)
 class MatmulShape:
-    """x [rows, D] times values i8[F, D]."""
+    """x [rows, D] times values i8[F, D], one layer's of a stack."""
 
     rows: int
-    in_features: int = 4096
-    out_features: int = 4096
+    in_features: int
+    out_features: int
 
     @property
     def ideal_bytes(self) -> int:

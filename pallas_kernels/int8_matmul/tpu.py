@@ -81,12 +81,11 @@ def tiled_matmul(
     def feature_block(core, j):
         return core * blocks_a_core + j
 
+    def index(layer):
+        # Proves what the compiled kernel does not check again.
+        return jnp.clip(layer[0], 0, num_layers - 1)
+
     kernel = quantized_kernel if quantize_activations else weight_only_kernel
-    scratch = [
-        pltpu.VMEM((tiling.rows, width), jnp.int8),
-        pltpu.VMEM((tiling.rows, 1), jnp.float32),
-        pltpu.VMEM((tiling.rows, LANES), jnp.float32),
-    ]
     # A scale's layer is found in a tile of 8 layers: a block of one row would need another tiling, a copy of them all.
     scale_layers = min(num_layers, 8)
     return pl.pallas_call(
@@ -102,24 +101,33 @@ def tiled_matmul(
                     pipeline_mode=pl.Buffered(1 if num_row_blocks == 1 else 2),
                 ),
                 pl.BlockSpec(
-                    (None, tiling.out_features, width), lambda core, i, j, layer: (layer[0], feature_block(core, j), 0)
+                    (None, tiling.out_features, width),
+                    lambda core, i, j, layer: (index(layer), feature_block(core, j), 0),
                 ),
                 pl.BlockSpec(
                     (scale_layers, tiling.out_features),
-                    lambda core, i, j, layer: (layer[0] // 8, feature_block(core, j)),
+                    lambda core, i, j, layer: (index(layer) >> 3, feature_block(core, j)),
                 ),
             ],
             out_specs=pl.BlockSpec(
                 (tiling.rows, tiling.out_features), lambda core, i, j, layer: (i, feature_block(core, j))
             ),
-            scratch_shapes=scratch if quantize_activations else [],
+            scratch_shapes=scratch_shapes(tiling.rows, width) if quantize_activations else [],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,
         ),
         interpret=interpret,
         name="int8_matmul" if quantize_activations else "int8_weight_matmul",
     )(layer, x, values, scale)
+
+
+def scratch_shapes(rows: int, width: int) -> list:
+    """Quantised rows, their scales, and what they are multiplied by, in all lanes."""
+    columns = ((width, jnp.int8), (1, jnp.float32), (LANES, jnp.float32))
+    return [pltpu.VMEM((rows, number), dtype) for number, dtype in columns]
 
 
 def weight_only_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref):
@@ -187,7 +195,7 @@ def quantize(x_ref, factor_ref, quantized_ref, lanes: slice) -> None:
 
 def scale_of_layer(layer_ref, scale_ref) -> Array:
     """f32[1, F block] of the layer, out of the tile of layers that holds it."""
-    return scale_ref[pl.ds(layer_ref[0] % 8, 1), :]
+    return scale_ref[pl.ds(layer_ref[0] & 7, 1), :]
 
 
 def choose_tiling(num_rows: int, width: int, out_features: int, itemsize: int, blocks: Blocks) -> Tiling:

@@ -6,6 +6,8 @@ import math
 import pytest
 
 from benchmarks import bench_tpu_static as bench
+from benchmarks.tpu_static import matmuls
+from benchmarks.tpu_static.measure import Group
 from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
 from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.targets import target
@@ -13,8 +15,8 @@ from pallas_kernels.aot.targets import target
 CHIP = target("v6e:1").chip
 
 
-def count(bundles: int, bytes_moved: int = 0, spilling: float = 0.0) -> Count:
-    return Count(bundles, 0, bytes_moved, 1, 1, spilling, 0, 0.5)
+def count(bundles: int, bytes_moved: int = 0, spilling: float = 0.0, fill: float = 0.5) -> Count:
+    return Count(bundles, 0, bytes_moved, 1, 1, spilling, 0, fill, fill)
 
 
 def comparison(page_size: int = 16, ours: int = 1000, peer: int | None = 4000, **fields) -> bench.Comparison:
@@ -60,21 +62,54 @@ def test_when_ours_serves_nothing_every_floor_is_missed():
 
 def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
     shape = AttentionShape(32, 1, 1024)
-    programs = bench.contenders(shape)
-    found = [count(500_000), "does not fit", *(count(900_000 - i) for i in range(len(programs) - 2))]
-    best = bench._best(shape, "v6e:1", programs, found)
+    group = Group("v6e:1", shape.title, tuple(bench.contenders(shape)))
+    found = [count(500_000), "does not fit", *(count(900_000 - i) for i in range(len(group.programs) - 2))]
+    best = bench.compare(shape, group, found)
     assert best is not None and best.peer == found[-1] and best.ratio == 500_000 / found[-1].bundles
+    assert best.blocks == (group.programs[-1]["pages"] * 16, group.programs[-1]["queries"])
     with pytest.raises(RuntimeError, match="does not compile: VMEM"):
-        bench._best(shape, "v6e:1", programs, ["VMEM", *found[1:]])
+        bench.compare(shape, group, ["VMEM", *found[1:]])
     with pytest.raises(RuntimeError, match="less than its products"):
-        bench._best(shape, "v6e:1", programs, [count(500), *found[1:]])
-    assert bench._best(shape, "v6e:1", programs, ["Unsupported: H", *found[1:]]) is None
+        bench.compare(shape, group, [count(500), *found[1:]])
+    assert bench.compare(shape, group, ["Unsupported: H", *found[1:]]) is None
+
+
+def test_only_targets_with_floors_have_marks():
+    found = [comparison(16), comparison(128)]
+    marked, shown = (bench.attention_results(name, found) for name in ("v6e:1", "v5p:1"))
+    assert [result.name.partition(" ")[2] for result in marked] == [result.name.partition(" ")[2] for result in shown]
+    assert all(result.floor is not None for result in marked) and all(result.floor is None for result in shown)
+
+
+def layer(rows: int, ours: Count, xla: Count) -> list[matmuls.MatmulComparison]:
+    """All matmuls with the same counts."""
+    return [matmuls.MatmulComparison(MatmulShape(rows, *size), CHIP, ours, xla, n) for size, n in matmuls.LAYER.items()]
 
 
 def test_many_rows_are_held_to_matrix_slots_and_few_to_bandwidth():
     names = {}
-    for rows in (8, 512):
-        found = bench.matmul_results("v6e:1", MatmulShape(rows), CHIP, count(100_000), count(200_000))
+    for rows in (64, 512):
+        found = matmuls.results("v6e:1", layer(rows, count(10_000), count(20_000)))
         names[rows] = [result.name for result in found if result.floor is not None]
         assert found[-1].value == 0.5
-    assert names == {8: ["v6e:1 share of bandwidth"], 512: ["v6e:1 matrix slots in use in the loop"]}
+    assert names == {64: ["v6e:1 int8 matmul, 64 rows, predicted share of bandwidth"],
+                     512: ["v6e:1 int8 matmul, 512 rows, predicted matrix slots in use in a step"]}  # fmt: skip
+
+
+def test_a_matmul_has_no_more_than_the_whole_bandwidth_and_a_layer_is_the_mean_over_its_bundles():
+    """What XLA brought into VMEM before is no gain."""
+    (few, *_) = matmuls.results("v6e:1", layer(8, count(10), count(10)))
+    assert few.value == pytest.approx(1)
+    big, *others = layer(512, count(3000, fill=0.9), count(1000))
+    small = [matmuls.MatmulComparison(each.shape, CHIP, count(0, fill=0.1), each.xla, each.times) for each in others]
+    assert matmuls.results("v6e:1", [big, *small])[0].value == pytest.approx(0.9)
+
+
+def test_comparisons_of_a_weight_pair_ours_with_xlas():
+    for group in matmuls.groups("v5e:1", quick=False):
+        found = [count(1000 + i) for i, _ in enumerate(group.programs)]
+        pairs = matmuls.comparisons(group, found)
+        assert [each.shape.rows for each in pairs] == [8, 64, 512]
+        assert all(each.ours.bundles + 1 == each.xla.bundles for each in pairs)
+        with pytest.raises(RuntimeError, match="does not compile: VMEM"):
+            matmuls.comparisons(group, ["VMEM", *found[1:]])
