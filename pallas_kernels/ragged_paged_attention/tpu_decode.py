@@ -142,8 +142,11 @@ def start_pages(refs: Refs, geometry: Geometry, step) -> None:
     ids = refs.table_chunks.at[table_slot, 0, pl.ds(offset, geometry.num_pages)]
 
     def copy(page, tokens=None):
-        # The clamp proves what the compiled kernel does not check again: a page id is in range.
-        source, target = layer.at[jnp.minimum(ids[page], layer.shape[0] - 1)], refs.kv.at[slot, page]
+        # The clamp proves what the compiled kernel does not check again: a page id is in range. Unsigned it is one
+        # instruction.
+        last = jnp.uint32(layer.shape[0] - 1)
+        index = jnp.minimum(ids[page].astype(jnp.uint32), last).astype(jnp.int32)
+        source, target = layer.at[index], refs.kv.at[slot, page]
         if tokens is not None:
             source, target = (ref.at[:, :, pl.ds(0, tokens)] for ref in (source, target))
         pltpu.make_async_copy(source, target, arrived).start()
