@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 
 from benchmarks.aot.hlo import Array
-from pallas_kernels.ragged_paged_attention import AttentionSpec, gpu_schedule, gpu_units
+from pallas_kernels.ragged_paged_attention import AttentionSpec, gpu_blocks, gpu_schedule
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Partials:
     @classmethod
     def of(cls, spec: AttentionSpec, num_rows: int, context: int) -> Self:
         """Of a step of `num_rows` rows of one query and `context` tokens."""
-        blocks = gpu_units.choose_blocks(spec, 1, num_rows)
+        blocks = gpu_blocks.decode_blocks(spec, 1, num_rows)
         lengths = np.array([context], np.int32)
         tiles = -(-lengths // blocks.kv_tokens)
         splits = int(gpu_schedule.split_rows(lengths, tiles, blocks)[0][0])  # pyright: ignore[reportArgumentType]

@@ -15,11 +15,11 @@ from jax.tree_util import register_dataclass
 
 from pallas_kernels.dispatch import Device
 from pallas_kernels.ragged_paged_attention import (
+    gpu_blocks,
     gpu_decode,
     gpu_prefill,
     gpu_prefill_schedule,
     gpu_schedule,
-    gpu_units,
     xla,
 )
 from pallas_kernels.ragged_paged_attention.contract import (
@@ -87,7 +87,7 @@ def make_schedule(kv_lens, page_indices, cu_q_lens, distribution, *, num_tokens:
     if queries:
         few = gpu_schedule.make_decode_schedule(
             *rows, num_tokens=num_tokens, num_kv_heads=spec.num_kv_heads, page_size=spec.page_size, queries=queries,
-            all_rows=all_few, blocks=gpu_units.choose_blocks(spec, queries, kv_lens.shape[0]),
+            all_rows=all_few, blocks=gpu_blocks.decode_blocks(spec, queries, kv_lens.shape[0]),
         )  # fmt: skip
     if not all_few:
         many = gpu_prefill_schedule.make_prefill_schedule(

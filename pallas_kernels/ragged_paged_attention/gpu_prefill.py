@@ -22,8 +22,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import current_device
 from pallas_kernels.ragged_paged_attention import gpu_prefill_schedule as tiles
 from pallas_kernels.ragged_paged_attention.contract import Options
+from pallas_kernels.ragged_paged_attention.gpu_blocks import prefill_blocks
 from pallas_kernels.ragged_paged_attention.gpu_prefill_compute import compute
 from pallas_kernels.ragged_paged_attention.gpu_prefill_copy import bring
 from pallas_kernels.ragged_paged_attention.gpu_prefill_schedule import MATRIX_ROWS, NUM_COMPUTE_WARPGROUPS
@@ -85,7 +87,8 @@ def attend_many(
         sinks=options.sinks is not None,
         window=options.window is not None,
         kv_dtype=jnp.dtype(pages_ref.dtype),
-        blocks=blocks or PrefillBlocks.choose(head_dim, pages_ref.dtype, interpret=bool(interpret)),
+        blocks=blocks
+        or prefill_blocks(head_dim, pages_ref.dtype, group, page_size, current_device(), interpret=bool(interpret)),
     )
     padding = ((0, tiles.padded_tokens(num_tokens, group) - num_tokens), (0, 0), (0, 0))
     outputs_ref = jax.new_ref(jnp.pad(outputs, padding))

@@ -44,7 +44,9 @@ class PrefillBlocks:
     def choose(
         head_dim: int, kv_dtype: Any = jnp.bfloat16, register_operands: bool = False, interpret: bool = False
     ) -> "PrefillBlocks":
-        """What fits 227 KB of shared memory and the registers, 8-bit tiles beside the bfloat16 they become."""
+        """The rule where nothing was tuned (`gpu_blocks`): what fits 227 KB of shared memory and the registers, 8-bit
+        tiles beside the bfloat16 they become.
+        """
         narrow = head_dim <= 128
         num_blocks = INTERPRETED_BLOCKS if interpret else PrefillBlocks.num_blocks
         if is_scaled(kv_dtype):
@@ -52,6 +54,18 @@ class PrefillBlocks:
             return PrefillBlocks(64, slots, 2 if narrow else 1, num_blocks, register_operands)
         query_slots = 2 if narrow and register_operands else 1
         return PrefillBlocks(128 if narrow else 64, 2, query_slots, num_blocks, register_operands)
+
+    def columns(self, head_dim: int) -> int:
+        """Of the values and outputs of a unit: all of H, or a part."""
+        return head_dim if self.register_operands else min(head_dim, ADDED_COLUMNS)
+
+    def shared_bytes(self, head_dim: int, kv_dtype: Any) -> int:
+        """Of `gpu_prefill.scratch_types`, barriers left out."""
+        rows = tiles.NUM_COMPUTE_WARPGROUPS * MATRIX_ROWS
+        tile = self.kv_tokens * (head_dim + self.columns(head_dim))
+        probabilities = 0 if self.register_operands else rows * self.kv_tokens
+        numbers = self.query_slots * rows * head_dim + self.slots * tile + rows * TILE_COLUMNS + probabilities
+        return 2 * numbers + (tile if is_scaled(kv_dtype) else 0)
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,8 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Of the values and outputs of a unit: all of H, or a part."""
-        return self.head_dim if self.blocks.register_operands else min(self.head_dim, ADDED_COLUMNS)
+        """See `PrefillBlocks.columns`."""
+        return self.blocks.columns(self.head_dim)
 
     @property
     def converts(self) -> bool:
@@ -215,9 +229,10 @@ def for_each_unit(shape: Shape, inputs: Inputs, act: Callable[[Array, Unit, Arra
 
 def read_unit(shape: Shape, inputs: Inputs, index: Array) -> Unit:
     item, part = lax.div(index, shape.units_a_tile), lax.rem(index, shape.units_a_tile)
-    column = 0
+    column: Any = 0
     if shape.parts > 1:
-        part, column = lax.div(part, shape.parts), lax.rem(part, shape.parts) * shape.columns
+        column = pl.multiple_of(lax.rem(part, shape.parts) * shape.columns, shape.columns)
+        part = lax.div(part, shape.parts)
     names = (tiles.ROW, tiles.TOKEN, tiles.FIRST, tiles.END, tiles.POSITION, tiles.KV_LEN, tiles.ZERO)
     row, token, first, end, position, kv_len, zero = (inputs.items[item, column] for column in names)
     seen_from = jnp.int32(0)
@@ -230,7 +245,7 @@ def read_unit(shape: Shape, inputs: Inputs, index: Array) -> Unit:
         row=row,
         kv_head=lax.div(part * shape.heads, shape.group),
         head=part * shape.heads,
-        column=pl.multiple_of(column, shape.columns) if shape.parts > 1 else 0,
+        column=column,
         token=pl.multiple_of(token, tiles.TOKEN_ALIGNMENT),
         first=first,
         end=end,

@@ -24,6 +24,8 @@ CONVERTED_ROWS = 32
 MAX_FLOAT16 = 65504.0
 # Of an SM's 228 KB, less 1 KB a block that the system takes and 3 KB for barriers and reductions.
 SHARED_MEMORY = 223 << 10
+# Of H100 SXM and H200.
+NUM_SMS = 132
 # More tiles on the way than that bring nothing.
 MAX_SLOTS = 6
 UNROLLED_COLUMNS = 16
@@ -34,7 +36,9 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 def choose_blocks(spec: AttentionSpec, queries: int, num_rows: int) -> work.DecodeBlocks:
-    """Two blocks an SM of 132 (H100 SXM, H200) where registers allow: one computes while the other waits for its tile.
+    """The rule where nothing was tuned (`gpu_blocks`).
+
+    Two blocks an SM of 132 (H100 SXM, H200) where registers allow: one computes while the other waits for its tile.
 
     An SM must have about 40 KB on the way (4.8 TB/s x 1 us / 132); the rings of tiles, 32 KB each for the keys and
     values of 64 tokens (H 128) or 128 (H 64), have 130 to 200 KB.
@@ -47,12 +51,19 @@ def choose_blocks(spec: AttentionSpec, queries: int, num_rows: int) -> work.Deco
     kv_tokens = 128 if spec.head_dim == 64 and columns <= UNROLLED_COLUMNS else 64
     # Above, a thread has more than the 128 registers that two blocks of 256 leave it.
     blocks_an_sm = 2 if spec.head_dim <= 128 and spec.head_dim * columns <= 128 * 16 else 1
+    slots = slots_that_fit(spec, queries, kv_tokens, blocks_an_sm)
+    split_tokens = max(work.split_tokens(num_pairs), kv_tokens)
+    return work.DecodeBlocks(kv_tokens, slots, NUM_SMS * blocks_an_sm, split_tokens, most, 528)
+
+
+def slots_that_fit(spec: AttentionSpec, queries: int, kv_tokens: int, blocks_an_sm: int) -> int:
+    """`DecodeBlocks.slots` that a block's share of the shared memory holds, MAX_SLOTS at most."""
+    columns = work.padded_columns(queries, spec.num_q_heads // spec.num_kv_heads)
     size = jnp.dtype(spec.kv_dtype).itemsize
     converted = 4 * kv_tokens * spec.head_dim if size == 1 else 0
     fixed = 2 * columns * (spec.head_dim + kv_tokens) + converted
     slots = (SHARED_MEMORY // blocks_an_sm - fixed) // (2 * kv_tokens * spec.head_dim * size)
-    split_tokens = max(work.split_tokens(num_pairs), kv_tokens)
-    return work.DecodeBlocks(kv_tokens, min(slots, MAX_SLOTS), 132 * blocks_an_sm, split_tokens, most, 528)
+    return min(slots, MAX_SLOTS)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ from pallas_kernels.tune.choosing import Trial, table, winner
 from pallas_kernels.tune.operations import OPERATIONS, Key, Operation, matching
 
 TUNED = Path(tuning.__file__).parent / tuning.FOLDER
-CHIPS = sorted(name for name, where in TARGETS.items() if where.platform == "tpu" and where.num_devices == 1)
+CHIPS = sorted(name for name, where in TARGETS.items() if where.num_devices == 1)
+NOT_PREDICTED = (
+    "for a GPU that is not here no figure ranks blocks: ptxas tells registers, spills and shared memory, and all "
+    "candidates fit. Run the tool on the card; until then the kernels' own rules hold"
+)
 WRITTEN = {"how": "each entry says whether it is predicted or measured", "by": "python -m pallas_kernels.tune"}
 
 
@@ -58,11 +62,14 @@ def wanted(text: str) -> tuple[str, tuple[str, ...]]:
 
 def tuned(operation: Operation, keys: list[Key], target_name: str | None) -> Iterator[tuning.Entry]:
     """The winners, their tables printed; a class without one is named and left out."""
-    platform = "tpu" if target_name else jax.default_backend()
+    platform = target(target_name).platform if target_name else jax.default_backend()
+    if platform == "cuda":
+        raise SystemExit(f"{operation.name}, --target {target_name}: {NOT_PREDICTED}")
     unit = predicting.UNIT if target_name else timing.UNIT
     kind = target(target_name).chip.kind if target_name else jax.devices()[0].device_kind
     if not any(operation.candidates(key, platform) for key in keys):
-        raise SystemExit(f"{operation.name} has no blocks to choose on {platform}: pass --target, one of {CHIPS}")
+        raise SystemExit(f"{operation.name} has no blocks to choose on {platform}: run it on a device that the "
+                         f"operation is for, or pass --target, one of {CHIPS}")  # fmt: skip
     for key in keys:
         trials = try_all(operation, key, platform, target_name)
         best = winner(trials, operation.most_spilling)

@@ -7,39 +7,25 @@ each of eight. Everything here works without a device.
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul import gpu as matmul_gpu
 from pallas_kernels.int8_matmul import tpu as matmul_tpu
+from pallas_kernels.ragged_paged_attention import gpu_blocks
 from pallas_kernels.ragged_paged_attention import tpu as attention_tpu
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.page_dtypes import is_scaled
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
+from pallas_kernels.tune import gpu_attention
+from pallas_kernels.tune.calls import Blocks, Call, Key, shape_of
 from pallas_kernels.tune.choosing import MOST_SPILLING
-
-type Key = Mapping[str, str | int]
-type Blocks = dict[str, Any]
 
 NUM_ROWS = 8
 # Of 8B whole (32 query heads) and on four devices, of 70B (64) on eight.
 QUERY_HEADS = {8: 32, 2: 8, 1: 8}
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function and its arguments: arrays where values decide how long it runs, shapes elsewhere.
-
-    pages: index of the argument that the second result replaces (it may be overwritten); None for none.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    pages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def decode_call(key: Key, blocks: Blocks) -> Call:
     pages_a_row, num_q_heads = -(-max_context // page_size), QUERY_HEADS[num_kv_heads]
     shape = attention_tpu.kv_pages_shape(2, NUM_ROWS * pages_a_row, page_size, num_kv_heads, head_dim, kv_dtype)
     spec = AttentionSpec(num_q_heads, num_kv_heads, head_dim, page_size, jnp.bfloat16, kv_dtype, max_q_len=1)
-    scales = {"k_scale": _shape("float32", num_kv_heads), "v_scale": _shape("float32", num_kv_heads)}
+    scales = {"k_scale": shape_of("float32", num_kv_heads), "v_scale": shape_of("float32", num_kv_heads)}
     given = scales if is_scaled(kv_dtype) else {}
 
     def step(queries, keys, values, pages, layer, kv_lens, page_indices, cu_q_lens, distribution, *options):
@@ -96,9 +82,9 @@ def decode_call(key: Key, blocks: Blocks) -> Call:
     kv_lens = np.array([max_context * (row + 1) // NUM_ROWS - row for row in range(NUM_ROWS)], np.int32)
     table = np.arange(NUM_ROWS * pages_a_row, dtype=np.int32).reshape(NUM_ROWS, pages_a_row)
     known = (np.int32(1), kv_lens, table, np.arange(NUM_ROWS + 1, dtype=np.int32), np.full(3, NUM_ROWS, np.int32))
-    new = _shape("bfloat16", NUM_ROWS, num_kv_heads, head_dim)
-    queries = _shape("bfloat16", NUM_ROWS, num_q_heads, head_dim)
-    return Call(step, (queries, new, new, _shape(kv_dtype, *shape), *known, *given.values()), pages=3)
+    new = shape_of("bfloat16", NUM_ROWS, num_kv_heads, head_dim)
+    queries = shape_of("bfloat16", NUM_ROWS, num_q_heads, head_dim)
+    return Call(step, (queries, new, new, shape_of(kv_dtype, *shape), *known, *given.values()), pages=3)
 
 
 def matmul_classes() -> tuple[Key, ...]:
@@ -128,14 +114,20 @@ def matmul_call(key: Key, blocks: Blocks) -> Call:
         made = matmul_gpu.Blocks(**blocks) if on_gpu else matmul_tpu.Blocks(**blocks)
         return tiled(x, values, scale, layer, made, True, jnp.bfloat16, False)  # type: ignore[arg-type]
 
-    weight = (_shape("int8", 1, out_features, in_features), _shape("float32", 1, out_features))
-    return Call(product, (_shape("bfloat16", rows, in_features), *weight, np.zeros(1, np.int32)))
+    weight = (shape_of("int8", 1, out_features, in_features), shape_of("float32", 1, out_features))
+    return Call(product, (shape_of("bfloat16", rows, in_features), *weight, np.zeros(1, np.int32)))
 
 
 DECODE = Operation("ragged_paged_attention_decode", decode_classes(), decode_candidates, decode_call)
 # A product of many rows keeps its sums in VMEM by way of spills, XLA's own does too; stores are not what limits it.
 MATMUL = Operation("int8_matmul", matmul_classes(), matmul_candidates, matmul_call, most_spilling=1.0)
-OPERATIONS = {operation.name: operation for operation in (DECODE, MATMUL)}
+GPU_DECODE = Operation(
+    gpu_blocks.DECODE, gpu_attention.decode_classes(), gpu_attention.decode_candidates, gpu_attention.decode_call
+)
+GPU_PREFILL = Operation(
+    gpu_blocks.PREFILL, gpu_attention.prefill_classes(), gpu_attention.prefill_candidates, gpu_attention.prefill_call
+)
+OPERATIONS = {operation.name: operation for operation in (DECODE, GPU_DECODE, GPU_PREFILL, MATMUL)}
 
 
 def matching(classes: tuple[Key, ...], wanted: Mapping[str, tuple[str, ...]]) -> list[Key]:
@@ -149,7 +141,3 @@ def matching(classes: tuple[Key, ...], wanted: Mapping[str, tuple[str, ...]]) ->
         there = {name: sorted({str(key[name]) for key in classes}) for name in classes[0]}
         raise ValueError(f"no shape class has {dict(wanted)}; there are {there}")
     return found
-
-
-def _shape(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

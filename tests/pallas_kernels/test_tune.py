@@ -1,6 +1,7 @@
 """The tool that writes tuned blocks: candidates, choosing, files, and what the kernels make of them."""
 
 import json
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,15 @@ import pytest
 from pallas_kernels import tuning
 from pallas_kernels.aot import toolchain
 from pallas_kernels.dispatch import Device
-from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention import gpu, gpu_blocks, gpu_units, tpu
+from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
+from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
 from pallas_kernels.tune import __main__ as tool
 from pallas_kernels.tune import timing
+from pallas_kernels.tune.calls import Call
 from pallas_kernels.tune.choosing import Trial, table, winner
-from pallas_kernels.tune.operations import DECODE, MATMUL, OPERATIONS, Call, matching
+from pallas_kernels.tune.operations import DECODE, GPU_DECODE, GPU_PREFILL, MATMUL, OPERATIONS, matching
 from pallas_kernels.tuning import Entry
 
 needs_tpu = pytest.mark.skipif(toolchain.missing("tpu") is not None, reason=str(toolchain.missing("tpu")))
@@ -60,8 +64,10 @@ def test_every_class_has_candidates_that_differ(operation):
     keys = {json.dumps(dict(key)) for key in operation.classes}
     assert len(keys) == len(operation.classes)
     for key in operation.classes:
-        candidates = [json.dumps(blocks) for blocks in operation.candidates(key, "tpu")]
-        assert len(set(candidates)) == len(candidates) >= 3
+        platform = "gpu" if operation in (GPU_DECODE, GPU_PREFILL) else "tpu"
+        candidates = [json.dumps(blocks) for blocks in operation.candidates(key, platform)]
+        # Of 8-bit pages of H 256 only two fit shared memory.
+        assert len(set(candidates)) == len(candidates) >= (2 if operation is GPU_PREFILL else 3)
 
 
 def test_decode_blocks_are_tried_up_to_what_a_row_can_hold():
@@ -137,6 +143,57 @@ def test_the_kernel_takes_what_was_tuned_for_the_call(entry: Entry):
 def test_a_miss_is_the_kernels_own_rule(num_kv_heads, dtype, device):
     found = tpu.decode_blocks(pages(num_kv_heads, dtype), 64, device)
     assert found == tpu.default_decode_blocks(num_kv_heads, 128, 2, dtype)
+
+
+H200 = Device("gpu", "NVIDIA H200")
+
+
+def test_attention_on_a_gpu_takes_what_was_tuned_for_the_call(monkeypatch):
+    spec = AttentionSpec(32, 8, 128, 16, max_q_len=1, device=H200)
+    rule = gpu_units.choose_blocks(spec, 1, 32)
+    blocks = replace(rule, slots=2, split_tokens=1024, max_splits=32)
+    tiles = PrefillBlocks(64, 3, 2)
+    files = {
+        GPU_DECODE.name: (Entry("NVIDIA H200", gpu_blocks.decode_key(spec, 1, 32), asdict(blocks)),),
+        GPU_PREFILL.name: (Entry("NVIDIA H200", gpu_blocks.prefill_key(128, "int8", 4, 16), asdict(tiles)),),
+    }
+    monkeypatch.setattr(tuning, "read", lambda operation: files[operation])
+    rows = (np.full(32, 9, np.int32), np.zeros((32, 4), np.int32), np.arange(33, dtype=np.int32), np.full(3, 32))
+    schedule = gpu.make_schedule(*rows, num_tokens=32, spec=spec)
+    assert schedule.few is not None and schedule.few.blocks == blocks
+    for num_rows in (1, 256):
+        most = gpu_units.choose_blocks(spec, 1, num_rows).max_splits
+        assert gpu_blocks.decode_blocks(spec, 1, num_rows).max_splits == min(32, most), "partial results are bounded"
+    others = (replace(spec, kv_dtype="int8"), replace(spec, head_dim=64), replace(spec, device=Device("gpu", "GB200")))
+    for other in others:
+        assert gpu_blocks.decode_blocks(other, 1, 32) == gpu_units.choose_blocks(other, 1, 32)
+    assert gpu_blocks.decode_blocks(spec, 4, 32) == gpu_units.choose_blocks(spec, 4, 32), "other columns"
+    assert gpu_blocks.prefill_blocks(128, "int8", 8, 64, H200, interpret=False) == tiles
+    assert gpu_blocks.prefill_blocks(128, "bfloat16", 4, 16, H200, interpret=False) == PrefillBlocks.choose(128)
+    assert gpu_blocks.prefill_blocks(128, "int8", 4, 16, H200, interpret=True).num_blocks == 2, "the interpreter's own"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_the_rule_of_prefill_is_among_the_candidates(head_dim: int, kv_dtype: str):
+    key = gpu_blocks.prefill_key(head_dim, kv_dtype, 4, 16)
+    assert asdict(PrefillBlocks.choose(head_dim, kv_dtype)) in GPU_PREFILL.candidates(key, "gpu")
+
+
+@pytest.mark.parametrize("operation", [GPU_DECODE, GPU_PREFILL], ids=lambda operation: operation.name)
+def test_calls_for_a_gpu_are_traced_with_their_blocks(operation):
+    for key in operation.classes[:: len(operation.classes) // 3]:
+        call = operation.call(key, operation.candidates(key, "gpu")[0])
+        outputs, pages = jax.eval_shape(call.function, *call.arguments)
+        assert outputs.shape == call.arguments[0].shape
+        assert (pages.shape, pages.dtype) == (call.arguments[3].shape, call.arguments[3].dtype)
+
+
+def test_for_a_gpu_that_is_not_here_nothing_is_predicted(tmp_path):
+    for operation in (GPU_DECODE, MATMUL):
+        with pytest.raises(SystemExit, match="no figure ranks blocks"):
+            tool.main(["--operation", operation.name, "--target", "h200:1", "--folder", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
 
 
 # Timing, on whatever is here.
