@@ -59,12 +59,21 @@ def warm(contender: Contender) -> int:
     return min(MAX_LAUNCHES, max(1, round(TURN_SECONDS / max(seconds, 1e-7))))
 
 
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def card() -> str:
+    """The device kind, as the driver names the card."""
+    return jax.devices()[0].device_kind
+
+
 def speedup(found: Mapping[str, list[float]], ours: str) -> tuple[float, str]:
     """How many times faster ours is than the fastest other contender (median of the rounds' ratios), and its name.
 
     NaN where nobody else ran.
     """
-    others = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in found.items() if name != ours}
+    others = {name: median(seconds) for name, seconds in found.items() if name != ours}
     if not others:
         return float("nan"), "nobody"
     best = min(others, key=lambda name: others[name])

@@ -1,5 +1,6 @@
 """The cases of the test suite on the card, against the float64 reference, before anything is measured."""
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from pallas_kernels import Unsupported, int8_matmul, ragged_paged_attention
 from pallas_kernels.int8_matmul import cases as matmul_cases
@@ -18,30 +18,40 @@ from pallas_kernels.ragged_paged_attention.cases import AttentionCase
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2}
 """Largest error of an output row relative to its largest component: bfloat16 rounds outputs and probabilities by 2^-9,
 the card's float32 products run in TF32, which keeps 10 bits."""
-COMPILERS = 12
-"""Programs compiled at a time; the machine has 16 cores."""
+COMPILERS = 4
+"""Programs compiled at a time in each of a few processes; the machine has 16 cores."""
 
 type Check = Callable[[], str | None]
 """Compiled on one thread of many, then run: None, or what is wrong."""
 
 
-def failures() -> tuple[int, list[str]]:
-    """How many cases ran, and what went wrong, a line a case."""
+def failures(shard: int = 0, shards: int = 1) -> tuple[int, list[str]]:
+    """How many cases ran, and what went wrong, a line a case; of all cases every `shards`-th from `shard` on."""
     prepare = [(f"attention {case.name}", attention_check, case) for case in attention_cases.CASES
                if case.name.startswith("kernel_")]  # fmt: skip
     prepare += [(f"int8 matmul {case.name} {'W8A8' if quantize else 'weight-only'}", matmul_check, (case, quantize))
                 for case in matmul_cases.CASES for quantize in (True, False)]  # fmt: skip
+    prepare = prepare[shard::shards]
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = list(pool.map(lambda job: (job[0], prepared(job[1], job[2])), prepare))
     wrong, ran = [], 0
-    for name, check in tqdm(compiled, desc="correctness on the card"):
+    for number, (name, check) in enumerate(compiled, 1):
+        # Before it runs: what a fault ends is the last one named.
+        print(f"correctness {shard}, {number} of {len(compiled)}: {name}", file=sys.stderr, flush=True)
         if isinstance(check, str):
             print(f"{name}: not served: {check}")
             continue
         ran += 1
-        found = check()
+        found = checked(check)
         wrong += [] if found is None else [f"{name}: {found}"]
     return ran, wrong
+
+
+def checked(check: Check) -> str | None:
+    try:
+        return check()
+    except Exception as error:  # a launch that the driver refuses: the other cases still run
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def prepared(make: Callable[[Any], Check], case: Any) -> Check | str:

@@ -14,9 +14,22 @@ type Attend = Callable[[Any, Any, Any], Any]
 """Queries [B, N, Q, H], keys and values [B, K, S, H] to outputs like the queries."""
 
 
+def peer() -> Any:
+    """torch, or None and a word on stdout where it cannot be imported or sees no card."""
+    try:
+        torch = importlib.import_module("torch")
+        torch.cuda.init()
+    except Exception as error:  # a driver, a missing library, no torch at all
+        print(f"torch does not run here: {type(error).__name__}: {str(error)[:160]}")
+        return None
+    return torch
+
+
 def contenders(load: Load) -> list[Contender]:
     """One for each way of torch's that runs the load; the others say on stdout why not."""
-    torch = importlib.import_module("torch")
+    torch = peer()
+    if torch is None:
+        return []
     rows, q_len, longest = len(load.kv_lens), max(load.q_lens), max(load.kv_lens)
     torch.manual_seed(0)
     shape = (load.num_layers, rows, NUM_KV_HEADS, longest, HEAD_DIM)
@@ -27,6 +40,11 @@ def contenders(load: Load) -> list[Contender]:
     if equal:
         ways |= {f"torch SDPA {name.lower()}": sdpa(torch, name, causal=q_len > 1)
                  for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}  # fmt: skip
+    else:  # flash attention takes no mask
+        lens = torch.tensor(load.kv_lens, device="cuda")
+        seen = (torch.arange(longest, device="cuda") < lens[:, None])[:, None, None, :]
+        ways |= {f"torch SDPA {name.lower()}": sdpa(torch, name, causal=False, mask=seen)
+                 for name in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}  # fmt: skip
     ways["torch flex"] = flex(torch, load)
     found = []
     for name, way in ways.items():
@@ -37,13 +55,13 @@ def contenders(load: Load) -> list[Contender]:
     return found
 
 
-def sdpa(torch: Any, backend: str, causal: bool) -> Attend:
+def sdpa(torch: Any, backend: str, causal: bool, mask: Any = None) -> Attend:
     attention = importlib.import_module("torch.nn.attention")
 
     def attend(queries: Any, keys: Any, values: Any) -> Any:
         with attention.sdpa_kernel([getattr(attention.SDPBackend, backend)]):
             return torch.nn.functional.scaled_dot_product_attention(
-                queries, keys, values, is_causal=causal, scale=SCALE, enable_gqa=True
+                queries, keys, values, attn_mask=mask, is_causal=causal, scale=SCALE, enable_gqa=True
             )
 
     return attend

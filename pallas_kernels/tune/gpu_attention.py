@@ -92,11 +92,11 @@ def prefill_classes() -> tuple[Key, ...]:
 
 def prefill_candidates(key: Key, platform: str) -> list[Blocks]:
     """All that fit shared memory, of the form that the interpreter runs: the other one is no candidate before its
-    results have been compared on a card.
+    results have been compared on a card. Not one slot: nothing would come while a tile is multiplied, and some spill.
     """
     if platform != "gpu":
         return []
-    sizes = itertools.product((64, 128), (1, 2, 3), (1, 2))
+    sizes = itertools.product((64, 128), (2, 3), (1, 2))
     found = [PrefillBlocks(kv_tokens, slots, query_slots) for kv_tokens, slots, query_slots in sizes]
     width, dtype = int(str(key["width"])), str(key["kv_dtype"])
     return [asdict(blocks) for blocks in found if blocks.shared_bytes(width, dtype) <= MOST_SHARED_MEMORY]

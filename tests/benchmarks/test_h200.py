@@ -5,12 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.h200 import attention, contenders, correctness, decode_step
+from benchmarks import bench_h200
+from benchmarks.h200 import attention, contenders, correctness, decode_step, isolation, marks, parts
+from benchmarks.report import Result, exit_code
 
+BY_XLA = partial(attention.public, implementation="xla")
 TINY = dataclasses.replace(decode_step.CONFIG, vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2,
                            num_heads=4, num_kv_heads=2, head_dim=32, windows=(0, 0))  # fmt: skip
 
@@ -45,8 +52,24 @@ def test_a_load_counts_what_must_be_moved_and_computed():
     attention.Load("prefill", (40,), (40,), page_size=16, num_layers=2),
 ], ids=lambda load: load.name)  # fmt: skip
 def test_our_contender_runs_a_pass_after_the_other(load: attention.Load):
-    seconds = contenders.race([attention.ours(load, "xla")], rounds=2)
-    assert len(seconds["xla"]) == 2 and min(seconds["xla"]) > 0
+    seconds = contenders.race([attention.ours(load, "ours", BY_XLA)], rounds=2)
+    assert len(seconds["ours"]) == 2 and min(seconds["ours"]) > 0
+
+
+def test_rows_that_differ_are_counted():
+    load = attention.decode("decode", (40, 3, 17), page_size=16, num_layers=2)
+
+    def spoiled(load: attention.Load, arrays: attention.Rows) -> attention.Layer:
+        layer = BY_XLA(load, arrays)
+
+        def wrong(*arguments):
+            outputs, pages = layer(*arguments)
+            return outputs.at[1, 0, 0].set(jnp.nan).at[2].multiply(1.02), pages
+
+        return wrong
+
+    assert attention.unlike(load, BY_XLA, BY_XLA) == 0
+    assert attention.unlike(load, spoiled, BY_XLA) == 2
 
 
 def test_the_decode_step_counts_weights_and_keys_and_values():
@@ -62,3 +85,63 @@ def test_a_wrong_row_is_named_and_nan_is_wrong():
     assert correctness.wrong_rows(wanted + 0.005, wanted, "bfloat16") is None
     assert "1 of 3 rows" in str(correctness.wrong_rows(wanted + np.array([[0], [0.1], [0]]), wanted, "bfloat16"))
     assert "2 of 3 rows" in str(correctness.wrong_rows(wanted * [[1], [np.nan], [np.nan]], wanted, "bfloat16"))
+
+
+def test_every_question_has_its_floor_and_goal():
+    """As the floors and goals were set: attention 0.80 / 0.90 and 1.0 / 1.15 (one row 1.5), and so on."""
+    found = {mark.name: (mark.floor, mark.goal) for mark in marks.marks()}
+    assert len(found) == len(marks.marks()) == 4 * 2 + 2 + 2 + 8 + 2
+    assert found["decode 32 x 4096 ragged, pages of 16: share of read bandwidth"] == (0.80, 0.90)
+    assert found["decode 32 x 4096, pages of 64: against the best peer"] == (1.0, 1.15)
+    assert found["decode 1 x 1024, pages of 16: against the best peer"] == (1.0, 1.5)
+    assert found["prefill 8192 causal, pages of 64: against the best peer"] == (0.90, 1.03)
+    assert found["int8 matmul 4096 rows, quantisation included: against the best peer"] == (1.0, 1.25)
+    assert found["int8 matmul 1 rows, weight-only: share of read bandwidth"] == (0.70, 0.88)
+    assert found["8B decode step, 32 rows: share of read bandwidth"] == (0.80, 0.93)
+
+
+def test_a_load_that_fails_is_named_and_the_others_are_measured(monkeypatch):
+    def loads(rounds: int):
+        yield "broken", lambda: 1 // 0
+        yield "sound", lambda: [Result("sound", 2.0, "", 1.0, 3.0, "higher")]
+
+    monkeypatch.setitem(parts.LOADS, "decode", loads)
+    broken, sound = [results[0] for results in parts.measured("decode", 2)]
+    assert broken.name.startswith("broken: failed (ZeroDivisionError") and sound.value == 2.0
+    assert exit_code([broken, sound]) == 1 and exit_code([sound]) == 0
+
+
+def test_without_a_peer_there_is_no_ratio():
+    with pytest.raises(RuntimeError, match="no peer ran"):
+        parts.against(marks.SPEEDUP_OF_PREFILL, [1.0], {})
+    assert parts.against(marks.SPEEDUP_OF_PREFILL, [1.0], {"a": [2.0], "b": [3.0]}).name.endswith("against a")
+
+
+PART = """
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.h200 import isolation
+from benchmarks.report import Result
+isolation.write(Path(sys.argv[2]), [Result("before", 1.0, "")])
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "why"), [("", None), ("os.kill(os.getpid(), signal.SIGSEGV)", "exit status -11"),
+                                          ("time.sleep(60)", "did not end in")])  # fmt: skip
+def test_what_a_part_measured_before_it_died_or_hung_is_kept(end: str, why: str | None):
+    began = time.monotonic()
+    results = isolation.run([sys.executable, "-c", PART.format(end=end)], "part", 60 if why != "did not end in" else 8)
+    assert results[0] == Result("before", 1.0, "")
+    assert [why in result.name for result in results[1:]] == ([True] if why else [])
+    assert time.monotonic() - began < 50
+    assert isolation.run([], "late", 0)[0].name == "late: failed (no time was left for it)"
+
+
+def test_a_part_runs_as_the_whole_bench_starts_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parts, "LOADS", {"step": lambda rounds: [("one", lambda: [Result("one", rounds, "")])]})
+    out = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["bench_h200", "--part", "step", "--quick", "--out", str(out)])
+    assert bench_h200.main() == 0
+    assert json.loads(out.read_text())["value"] == bench_h200.QUICK_ROUNDS
+    assert {part.split()[0] for part in parts.NAMES} == bench_h200.MOST_SECONDS.keys()
