@@ -29,14 +29,14 @@ def main(names: list[str]) -> int:
               "kernels-{8b,70b,widths,tuned}-TARGET", file=sys.stderr)  # fmt: skip
         return 2
     began = time.perf_counter()
-    results = jobs.run(steps + kernels)
+    chosen = steps + kernels
+    results = jobs.run(chosen)
     compiled, calls = results[: len(steps)], [call for some in results[len(steps) :] for call in some]
     if compiled:
         print(checks.table(compiled))
     if calls:
         print(kernel_checks.table(calls))
-    wrong = [f"{case.name}: {complaint}" for case, result in compiled for complaint in checks.complaints(case, result)]
-    wrong += [f"{call.title}: {complaint}" for call in calls for complaint in kernel_checks.complaints(call)]
+    wrong = [complaint for job, result in zip(chosen, results, strict=True) for complaint in job.complaints(result)]
     print("\n".join(wrong) or "every check passed")
     print(f"{len(wrong)} complaints, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return int(bool(wrong))

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.aot import kernels
+from benchmarks.aot import checks, kernel_checks, kernels
 from benchmarks.aot.cases import Case
 from benchmarks.aot.kernel_checks import Found
 from benchmarks.aot.kernels import KernelProgram
@@ -28,15 +28,29 @@ MATMUL = "int8_matmul"
 
 @dataclass(frozen=True)
 class Job:
-    """name: as on the command line. run: gives what `checks` or `kernel_checks` take. units: of progress."""
+    """A process or two.
+
+    Fields:
+      name: as on the command line. units: parts of the progress.
+      run: gives (case, result) or a list of `Found`; complaints: what is wrong with that, in words.
+    """
 
     name: str
     units: int
     run: Callable[[], Any]
+    complaints: Callable[[Any], list[str]]
 
 
 def step_jobs(cases: Sequence[Case], every: bool) -> list[Job]:
-    return [Job(case.name, 1, lambda case=case: (case, compile_step(case, every))) for case in cases]
+    return [Job(case.name, 1, lambda case=case: (case, compile_step(case, every)), step_complaints) for case in cases]
+
+
+def step_complaints(result: tuple[Case, dict[str, Any]]) -> list[str]:
+    return [f"{result[0].name}: {complaint}" for complaint in checks.complaints(*result)]
+
+
+def kernel_complaints(calls: Sequence[Found]) -> list[str]:
+    return [f"{call.title}: {complaint}" for call in calls for complaint in kernel_checks.complaints(call)]
 
 
 def compile_step(case: Case, every: bool) -> dict[str, Any]:
@@ -53,7 +67,7 @@ def kernel_jobs(chip: str, wanted: Callable[[str], bool]) -> Iterator[Job]:
     chosen = [each for each in kernels.programs(chip) if wanted(each.group)]
     for (name, _), group in itertools.groupby(chosen, key=lambda each: (each.group, each.operation)):
         for some in itertools.batched(group, A_PROCESS):
-            yield Job(name, len(some), lambda some=some: compile_kernels(some))
+            yield Job(name, len(some), lambda some=some: compile_kernels(some), kernel_complaints)
 
 
 def compile_kernels(programs: Sequence[KernelProgram]) -> list[Found]:
@@ -86,18 +100,21 @@ def run(jobs: Sequence[Job]) -> list[Any]:
     """Results in the order of the jobs; a line on stderr as each ends, and a bar where that is a terminal."""
     began = time.perf_counter()
     total = sum(job.units for job in jobs)
+    print(f"compiling {total} steps and calls of kernels in {len(jobs)} jobs, {WORKERS} at once", file=sys.stderr)
     with (
         ThreadPoolExecutor(WORKERS) as pool,
-        tqdm(total=total, desc="compiling", unit="program", disable=None, leave=False) as bar,
+        tqdm(total=total, desc="compiling", unit="part", disable=None, leave=False) as bar,
     ):
         futures = {pool.submit(timed, job): job for job in jobs}
         left: set[Future[Any]] = set(futures)
         while left:
             done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
-                job, seconds = futures[future], future.result()[1]
+                job, (result, seconds) = futures[future], future.result()
                 bar.update(job.units)
-                tqdm.write(f"{time.perf_counter() - began:5.0f} s  {job.name}: {seconds:.0f} s", file=sys.stderr)
+                so_far, wrong = time.perf_counter() - began, len(job.complaints(result))
+                verdict = f"{wrong} complaints" if wrong else "good"
+                tqdm.write(f"{so_far:5.0f} s  {job.name} ({job.units}): {seconds:.0f} s, {verdict}", file=sys.stderr)
             bar.refresh()
     return [future.result()[0] for future in futures]
 

@@ -132,10 +132,11 @@ def test_jobs_hold_each_call_once_and_are_chosen_by_name():
     assert list(jobs.kernel_jobs("v6e", lambda name: "8b-bf16" in name)) == []
 
 
-def test_jobs_end_in_their_order_whatever_takes_longest(capsys):
-    slow = [jobs.Job(f"job {each}", 1, lambda each=each: each) for each in range(5)]
-    assert jobs.run(slow) == [0, 1, 2, 3, 4]
-    assert "job 3: 0 s" in capsys.readouterr().err
+def test_results_are_in_the_order_of_the_jobs_and_each_is_told(capsys):
+    some = [jobs.Job(f"job {each}", 1, lambda each=each: each, lambda each: ["bad"] * each) for each in range(5)]
+    assert jobs.run(some) == [0, 1, 2, 3, 4]
+    told = capsys.readouterr().err
+    assert "job 0 (1): 0 s, good" in told and "job 3 (1): 0 s, 3 complaints" in told
 
 
 def test_a_process_that_fails_is_a_failure_of_each_of_its_calls(monkeypatch):
