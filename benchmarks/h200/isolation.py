@@ -22,12 +22,15 @@ def failure(name: str, why: str) -> Result:
 
 
 def attempt(name: str, measure: Measure) -> list[Result]:
-    """What `measure` gives; one failure where it raises, with the traceback on stderr."""
+    """What `measure` gives, and a failure where it raises, with the traceback on stderr."""
+    found: list[Result] = []
     try:
-        return list(measure())
+        for result in measure():
+            found.append(result)  # what was there before it raised stays
     except Exception as error:  # whatever a compiler, a driver or a peer raises: the rest still runs
         traceback.print_exc()
-        return [failure(name, f"{type(error).__name__}: {error}")]
+        found.append(failure(name, f"{type(error).__name__}: {error}"))
+    return found
 
 
 def write(path: Path, results: Iterable[Result]) -> None:

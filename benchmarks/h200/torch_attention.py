@@ -5,6 +5,7 @@ Dense contiguous rows are the peer's advantage: it follows no page table and wri
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.h200.attention import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SCALE, Load
@@ -35,27 +36,26 @@ def contenders(load: Load) -> list[Contender]:
     shape = (load.num_layers, rows, NUM_KV_HEADS, longest, HEAD_DIM)
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     queries = torch.randn((rows, NUM_HEADS, q_len, HEAD_DIM), dtype=torch.bfloat16, device="cuda")
-    equal = min(load.kv_lens) == longest
-    ways: dict[str, Attend] = {}
-    if equal:
-        ways |= {f"torch SDPA {name.lower()}": sdpa(torch, name, causal=q_len > 1)
-                 for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}  # fmt: skip
-    else:  # flash attention takes no mask
+    mask = None
+    if min(load.kv_lens) < longest:
         lens = torch.tensor(load.kv_lens, device="cuda")
-        seen = (torch.arange(longest, device="cuda") < lens[:, None])[:, None, None, :]
-        ways |= {f"torch SDPA {name.lower()}": sdpa(torch, name, causal=False, mask=seen)
-                 for name in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}  # fmt: skip
-    ways["torch flex"] = flex(torch, load)
+        mask = (torch.arange(longest, device="cuda") < lens[:, None])[:, None, None, :]
+    # Flash attention takes no mask.
+    backends = ("FLASH_ATTENTION" if mask is None else "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    ways: dict[str, Callable[[], Attend]] = {
+        f"torch SDPA {name.lower()}": partial(sdpa, torch, name, q_len > 1, mask) for name in backends
+    }
+    ways["torch flex"] = partial(flex, torch, load)
     found = []
     for name, way in ways.items():
         try:
-            found.append(graph(torch, name, way, queries, keys, values))
+            found.append(graph(torch, name, way(), queries, keys, values))
         except Exception as error:  # a backend refuses in many ways; the others still run
-            print(f"{name} does not run {load.name}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            print(f"{name} does not run {load.name}: {type(error).__name__}: {str(error)[:160]}")
     return found
 
 
-def sdpa(torch: Any, backend: str, causal: bool, mask: Any = None) -> Attend:
+def sdpa(torch: Any, backend: str, causal: bool, mask: Any) -> Attend:
     attention = importlib.import_module("torch.nn.attention")
 
     def attend(queries: Any, keys: Any, values: Any) -> Any:
