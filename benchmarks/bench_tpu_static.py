@@ -158,13 +158,13 @@ def small_pages(found: list[Comparison]) -> float:
     return max((bundles[16] / bundles[128] for bundles in by_load.values()), default=math.nan)
 
 
-def attention_results(target_name: str, found: list[Comparison]) -> list[Result]:
-    """Without marks for targets that have no floors."""
+def attention_results(target_name: str, found: list[Comparison], quick: bool = False) -> list[Result]:
+    """Without marks for targets that have no floors; quick: nothing was prefilled."""
     decode = {dtype: [each for each in found if each.shape.q_len == 1 and each.shape.kv_dtype == dtype]
               for dtype in ("bfloat16", "int8")}  # fmt: skip
     prefill = [each for each in found if each.shape.q_len > 1]
     marked = [result for dtype, those in decode.items() for result in decode_results(target_name, dtype, those)]
-    marked += prefill_results(target_name, prefill)
+    marked += prefill_results(target_name, prefill) if not quick else []
     if target_name in TARGETS:
         return marked
     return [Result(result.name, result.value, result.unit, better=result.better) for result in marked]
@@ -189,7 +189,7 @@ def measure(quick: bool) -> list[Result]:
             compared[group.target_name] += new
         tqdm.write("\n".join(f"{group.target_name:8} {each.line()}" for each in new))
     results = [result for name in TARGETS for result in matmuls.results(name, products[name])]
-    return results + [result for name in names for result in attention_results(name, compared[name])]
+    return results + [result for name in names for result in attention_results(name, compared[name], quick)]
 
 
 def skipped() -> list[Result]:
