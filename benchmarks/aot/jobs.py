@@ -1,6 +1,7 @@
 """The jobs of `make aot`: a model's step on a target, or some calls of kernels on a chip. Two run at once."""
 
 import itertools
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,10 @@ from pallas_kernels.aot.measure import Measured
 from pallas_kernels.aot.targets import target
 
 STEP = "benchmarks.aot.steps:compile_case"
-STEP_SECONDS = 1800
+STEP_SECONDS = 3600
+"""Ten times what an idle machine needs: others may use it too."""
+FAILURES = (toolchain.JobFailed, subprocess.TimeoutExpired)
+"""Of one job; the others go on."""
 WORKERS = 2
 A_PROCESS = 12
 """Calls of kernels: starting a process costs as much as compiling two or three."""
@@ -58,8 +62,8 @@ def compile_step(case: Case, every: bool) -> dict[str, Any]:
     try:
         platform = target(case.target).platform
         return toolchain.run(STEP, case.arguments() | {"every": every}, platform, seconds=STEP_SECONDS).value
-    except toolchain.JobFailed as failure:
-        return {"failure": f"{failure.kind}: {failure.message}"}
+    except FAILURES as failure:
+        return {"failure": str(failure)}
 
 
 def kernel_jobs(chip: str, wanted: Callable[[str], bool]) -> Iterator[Job]:
@@ -76,8 +80,8 @@ def compile_kernels(programs: Sequence[KernelProgram]) -> list[Found]:
     try:
         arguments = [dict(each.arguments) for each in programs]
         measured = measure.measure(programs[0].operation, arguments, target_name)
-    except toolchain.JobFailed as failure:
-        measured = [Measured(dict(each.arguments), error=f"{failure.kind}: {failure.message}") for each in programs]
+    except FAILURES as failure:
+        measured = [Measured(dict(each.arguments), error=str(failure)) for each in programs]
     found = [Found(*each) for each in zip(programs, measured, strict=True)]
     compared = [dot_arguments(each.program) for each in found if each.spills and is_matmul(each.program)]
     dots = iter(measure.measure(MATMUL, compared, target_name) if compared else ())
@@ -110,6 +114,8 @@ def run(jobs: Sequence[Job]) -> list[Any]:
         while left:
             done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)  # a defect: nothing more is begun
                 job, (result, seconds) = futures[future], future.result()
                 bar.update(job.units)
                 so_far, wrong = time.perf_counter() - began, len(job.complaints(result))

@@ -1,7 +1,9 @@
 """The kernel part of `make aot`: what it compiles, and that its checks find what they are there for."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import pytest
 
@@ -14,6 +16,7 @@ from pallas_kernels.aot.measure import LoopFigures, Measured
 from pallas_kernels.aot.memory import Copy, Memory
 from pallas_kernels.aot.ptxas import Kernel
 from pallas_kernels.aot.targets import CHIPS
+from pallas_kernels.aot.toolchain import JobFailed
 
 ATTENTION = next(each for each in programs("v6e") if each.kernel == "attention, decode")
 DOT = next(each for each in programs("v6e") if each.kernel == "int8 matmul, weights and activations")
@@ -139,14 +142,29 @@ def test_results_are_in_the_order_of_the_jobs_and_each_is_told(capsys):
     assert "job 0 (1): 0 s, good" in told and "job 3 (1): 0 s, 3 complaints" in told
 
 
-def test_a_process_that_fails_is_a_failure_of_each_of_its_calls(monkeypatch):
+@pytest.mark.parametrize("failure", [JobFailed("job", "no result", "killed", ""), TimeoutExpired("job", 600)])
+def test_a_process_that_fails_is_a_failure_of_each_of_its_calls_and_of_its_case(monkeypatch, failure):
     def failing(*arguments, **options):
-        raise jobs.toolchain.JobFailed("job", "no result", "killed", "")
+        raise failure
 
+    monkeypatch.setattr(jobs.toolchain, "run", failing)
+    assert jobs.compile_step(CASES[0], every=True) == {"failure": str(failure)}
     monkeypatch.setattr(jobs.measure, "measure", failing)
     some = [ATTENTION, ATTENTION]
     assert [complaints(each) for each in jobs.compile_kernels(some)] == [
-        ["did not compile: no result: killed"]] * 2  # fmt: skip
+        [f"did not compile: {failure}"]] * 2  # fmt: skip
+
+
+def test_a_defect_ends_the_run(monkeypatch):
+    begun = []
+
+    def broken():
+        raise KeyError("defect")
+
+    first = jobs.Job("broken", 1, broken, list)
+    with pytest.raises(KeyError, match="defect"):
+        jobs.run([first, *[jobs.Job("slow", 1, lambda: begun.append(time.sleep(0.05)), list)] * 100])
+    assert len(begun) < 50, "what had not begun is left"
 
 
 def test_only_matmuls_that_spill_are_compiled_by_xla_too(monkeypatch):
