@@ -26,7 +26,7 @@ def main(names: list[str]) -> int:
     kernels = [job for chip in CHIPS for job in jobs.kernel_jobs(chip, wanted)]
     if not steps + kernels:
         print(f"nothing has any of {', '.join(names)} in its name; there are {', '.join(c.name for c in CASES)} and "
-              "kernels-{8b,70b,widths,tuned}-TARGET", file=sys.stderr)  # fmt: skip
+              "kernels-{8b,70b,widths,tuned-FILE}-TARGET", file=sys.stderr)  # fmt: skip
         return 2
     began = time.perf_counter()
     chosen = steps + kernels

@@ -39,7 +39,7 @@ class KernelProgram:
 
     Fields:
       group: as on the command line: "kernels-8b-v5e:4" (shapes of that model's shards on those devices),
-        "kernels-widths-v5e:1" (other head widths, options), "kernels-tuned-v5e:1".
+        "kernels-widths-v5e:1" (other head widths, options), "kernels-tuned-int8_matmul-v5e:1" (a file's entries).
       target: what it is compiled for, one device.
       kernel: the line of the table it counts in.
       operation, arguments: as `pallas_kernels.aot.measure` takes them.
@@ -121,7 +121,7 @@ def of_files(chip: str) -> list[KernelProgram]:
     folder = resources.files("pallas_kernels") / tuning.FOLDER
     names = sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
     return [
-        KernelProgram(f"kernels-tuned-{chip}:1", f"{chip}:1", f"tuned blocks of {name}", "tuned",
+        KernelProgram(f"kernels-tuned-{name}-{chip}:1", f"{chip}:1", f"tuned blocks of {name}", "tuned",
                       {"operation": name, "key": dict(entry.key), "blocks": dict(entry.blocks)})
         for name in names for entry in tuning.read(name) if entry.fits(CHIPS[chip].kind, entry.key)
     ]  # fmt: skip

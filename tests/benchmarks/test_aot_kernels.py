@@ -131,7 +131,7 @@ def test_jobs_hold_each_call_once_and_are_chosen_by_name():
         assert sum(job.units for job in everything) == len(programs(where))
         assert max(job.units for job in everything) <= jobs.A_PROCESS
     (tuned, *_) = jobs.kernel_jobs("v6e", lambda name: "kernels-tuned" in name)
-    assert tuned.name == "kernels-tuned-v6e:1"
+    assert tuned.name == "kernels-tuned-int8_matmul-v6e:1"
     assert list(jobs.kernel_jobs("v6e", lambda name: "8b-bf16" in name)) == []
 
 
