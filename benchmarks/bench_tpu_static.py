@@ -76,11 +76,11 @@ def prefill_shapes() -> list[AttentionShape]:
             for page in PAGE_SIZES]  # fmt: skip
 
 
-def contenders(shape: AttentionShape) -> list[dict[str, Any]]:
+def contenders(target_name: str, shape: AttentionShape) -> list[dict[str, Any]]:
     """Ours, then jax's kernel with each of its blocks."""
-    table = blocks.PREFILL if shape.q_len > 1 else (blocks.INT8 if shape.kv_dtype == "int8" else blocks.DECODE)
-    pairs = table if isinstance(table, tuple) else table[shape.context]
-    fields = asdict(shape)
+    chip = target_name.partition(":")[0]
+    prefill = blocks.PREFILL.get(chip, blocks.PREFILL[""])
+    pairs, fields = prefill if shape.q_len > 1 else blocks.DECODE[shape.context], asdict(shape)
     return [{"kind": "ours", **fields}] + [
         {"kind": "jax", "pages": tokens // shape.page_size, "queries": queries, **fields} for tokens, queries in pairs
     ]
@@ -94,7 +94,7 @@ def attention_groups(target_name: str, quick: bool) -> list[tuple[AttentionShape
         rows = (32, 256) if has_floors and kv_dtype == "bfloat16" and not quick else (32,)
         contexts = (1024,) if quick else (1024, 8192) if has_floors else (8192,)
         shapes += decode_shapes(kv_dtype, rows, contexts)
-    return [(shape, Group(target_name, shape.title, tuple(contenders(shape)))) for shape in shapes]
+    return [(shape, Group(target_name, shape.title, tuple(contenders(target_name, shape)))) for shape in shapes]
 
 
 def compare(shape: AttentionShape, group: Group, found: Sequence[Count | str]) -> Comparison | None:

@@ -8,6 +8,8 @@ from typing import Any
 MOST_SPILLING = 0.05
 # Costs that differ by less are equal.
 TOLERANCE = 0.01
+# And bundles of equal costs: they are hidden behind the bytes.
+BUNDLES_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Trial:
 
 def winner(trials: Sequence[Trial], most_spilling: float = MOST_SPILLING) -> Trial | None:
     """Of those that spill in at most most_spilling (of all, where none does) the one with the least cost; of equal ones
-    the one with fewest bundles, and of these the first. None where no candidate works.
+    those with hardly more than the fewest bundles, and of these the last. None where no candidate works.
     """
     working = [trial for trial in trials if not trial.error]
     calm = [trial for trial in working if trial.spilling <= most_spilling] or working
     least = min((trial.cost for trial in calm), default=0.0)
     equal = [trial for trial in calm if trial.cost <= least * (1 + TOLERANCE)]
-    return min(equal, key=lambda trial: trial.bundles, default=None)
+    few = min((trial.bundles for trial in equal), default=0) * (1 + BUNDLES_TOLERANCE)
+    return next((trial for trial in reversed(equal) if trial.bundles <= few), None)
 
 
 def table(trials: Sequence[Trial], unit: str, best: Trial | None) -> list[str]:

@@ -30,9 +30,9 @@ QUERY_HEADS = {8: 32, 2: 8, 1: 8}
 
 @dataclass(frozen=True)
 class Operation:
-    """classes: keys of `tuned/<name>.json`. candidates: by key and platform. call: for a key with given blocks, to be
-    made where the device in use is the one that it is for (`jax.set_mesh`). most_spilling: share of the hot loop's
-    bundles that may store a spilled register before a candidate is passed over.
+    """classes: keys of `tuned/<name>.json`. candidates: by key and platform, of equal ones the last wins. call: for
+    a key with given blocks, to be made where the device in use is the one that it is for (`jax.set_mesh`).
+    most_spilling: share of the hot loop's bundles that may store a spilled register before a candidate is passed over.
     """
 
     name: str
@@ -53,8 +53,9 @@ def decode_classes() -> tuple[Key, ...]:
 
 
 def decode_candidates(key: Key, platform: str) -> list[Blocks]:
-    """On a TPU: powers of two up to what a row can hold; what does not fit VMEM is found by compiling. Four blocks in
-    VMEM keep three in flight; how many is no matter of the schedule that is predicted.
+    """On a TPU: powers of two up to what a row can hold, large ones last: waits at ends of blocks are not predicted.
+    What does not fit VMEM is found by compiling. Four blocks in VMEM keep three in flight; how many is no matter of the
+    schedule.
     """
     if platform != "tpu":
         return []
@@ -94,10 +95,10 @@ def matmul_classes() -> tuple[Key, ...]:
 
 
 def matmul_candidates(key: Key, platform: str) -> list[Blocks]:
-    """On a TPU: blocks of 128 to 1024 features; what comes before the first block is there is not predicted."""
+    """On a TPU: blocks of 1024 to 128 features, small ones last: the wait for the first block is not predicted."""
     if platform == "tpu":
         rows = (512, 1024) if int(key["rows"]) > 512 else (512,)
-        sizes = (int(key["in_features"]) << features for features in range(7, 11))
+        sizes = (int(key["in_features"]) << features for features in range(10, 6, -1))
         return [asdict(matmul_tpu.Blocks(most, size)) for most, size in itertools.product(rows, sizes)]
     few = [matmul_gpu.Blocks(rows=64, warpgroups=1, slots=slots) for slots in (6, 8, 12)]
     many = [matmul_gpu.Blocks(rows, 2, slots) for rows, slots in itertools.product((128, 256), (3, 4, 6))]

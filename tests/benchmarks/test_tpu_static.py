@@ -6,11 +6,13 @@ import math
 import pytest
 
 from benchmarks import bench_tpu_static as bench
-from benchmarks.tpu_static import matmuls
+from benchmarks.tpu_static import matmuls, programs
 from benchmarks.tpu_static.measure import Group
 from benchmarks.tpu_static.shapes import AttentionShape, Count, MatmulShape
-from pallas_kernels.aot import toolchain
+from pallas_kernels.aot import toolchain, tpu_execution, tpu_schedule
+from pallas_kernels.aot.counting import Executed
 from pallas_kernels.aot.targets import target
+from tests.pallas_kernels.aot.test_tpu_schedule import bundles, used
 
 CHIP = target("v6e:1").chip
 
@@ -62,7 +64,7 @@ def test_when_ours_serves_nothing_every_floor_is_missed():
 
 def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
     shape = AttentionShape(32, 1, 1024)
-    group = Group("v6e:1", shape.title, tuple(bench.contenders(shape)))
+    group = Group("v6e:1", shape.title, tuple(bench.contenders("v6e:1", shape)))
     found = [count(500_000), "does not fit", *(count(900_000 - i) for i in range(len(group.programs) - 2))]
     best = bench.compare(shape, group, found)
     assert best is not None and best.peer == found[-1] and best.ratio == 500_000 / found[-1].bundles
@@ -113,3 +115,16 @@ def test_comparisons_of_a_weight_pair_ours_with_xlas():
         assert all(each.ours.bundles + 1 == each.xla.bundles for each in pairs)
         with pytest.raises(RuntimeError, match="does not compile: VMEM"):
             matmuls.comparisons(group, ["VMEM", *found[1:]])
+
+
+def test_matrix_slots_in_a_step_and_all_in_all():
+    """Three passes through a loop of three bundles, which hold 4, 2 and 0 of 4 slots."""
+    texts = bundles(" : { %s1_s1 = smov 0 }", "LB: > { %s2_s1 = sadd.s32 1, %s1_s1 } /* Start region 1 */",
+                    " : { %p1_p0 = scmp.lt.s32.totalorder %s2_s1, 3 }",
+                    " : { %2 = sbr.rel (%p1_p0) target = $region1 }", " : {}")  # fmt: skip
+    slots = used(*(f"{matrix} 0 0 0 0 0 0 0" for matrix in (0, 4, 2, 0, 0)))
+    schedule = tpu_schedule.parse("kernel", texts, slots, delay_slots=0)
+    execution = tpu_execution.execute(schedule, {})
+    assert programs.step_fill(schedule, execution) == pytest.approx((4 + 2) / (3 * 4))
+    executed = Executed(is_kernel=True, schedule=schedule, execution=execution)
+    assert programs.whole_fill([executed, executed]) == pytest.approx(3 * (4 + 2) / ((3 * 3 + 2) * 4))
