@@ -136,10 +136,12 @@ def attend(
     options = Options.make(scale, soft_cap, sinks, window, k_scale, v_scale)
     new_kv = join(to_page_dtype(keys, k_scale, kv_pages.dtype), to_page_dtype(values, v_scale, kv_pages.dtype))
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    outputs = jnp.zeros(queries.shape, queries.dtype)
+    # Rows of one query come first, so their tokens are among the first of as many as there are rows.
+    first = num_tokens if schedule.many is None else min(num_tokens, kv_lens.shape[0])
+    outputs = jnp.zeros((0, *queries.shape[1:]), queries.dtype)
     if schedule.decode is not None:
         outputs, kv_pages = attend_decode(
-            queries, new_kv, kv_pages, layer, schedule.decode, options,
+            queries[:first], new_kv[:first], kv_pages, layer, schedule.decode, options,
             blocks=blocks or decode_blocks(kv_pages, page_indices.shape[1], spec.device),
             max_pages=page_indices.shape[1], num_cores=num_cores(spec.device), interpret=interpret,
         )  # fmt: skip

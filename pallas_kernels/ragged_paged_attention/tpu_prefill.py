@@ -12,10 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.contract import Options
-from pallas_kernels.ragged_paged_attention.tpu_prefill_kernel import LOG2_E, RING, Geometry, Stages, kernel
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import QUERY_ROWS
+from pallas_kernels.ragged_paged_attention.tpu_prefill_kernel import LOG2_E, Geometry, Stages, kernel
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
     LANES,
-    QUERY_ROWS,
     PrefillSchedule,
     padded_tokens,
     round_up,
@@ -37,28 +37,20 @@ def attend_many(
     """Writes the new keys and values of the schedule's rows, then attends.
 
     Args:
-      outputs: [T, N, H], zeros for the tokens that are served here; all others keep what they have.
+      outputs: [T0, N, H], T0 <= T: what the first tokens keep where they are not served here; others get zeros.
       queries: [T, N, H]; new_kv: [T, S, K, W] in the pages' dtype; kv_pages: [L, P, S, K, C, W]; layer: i32[1].
       schedule: of `make_prefill_schedule`; it alone says which rows are served.
     """
     kv_pages = write(new_kv, kv_pages, layer, schedule, interpret=interpret)
     geo = geometry(queries, kv_pages, schedule, options)
-    width = kv_pages.shape[-1]
+    (num_tokens, num_q_heads, head_dim), width = queries.shape, kv_pages.shape[-1]
     by_head = scaled_queries(queries, options, geo, width)
-    if geo.by_row:
-        laid_out = rows_of(by_head, schedule, geo)
-        results = jnp.zeros(laid_out.shape, outputs.dtype)
-    else:
-        laid_out = head_major(by_head, schedule, geo)
-        wide = jnp.pad(outputs, ((0, 0), (0, 0), (width - outputs.shape[-1], 0)))
-        results = head_major(wide.reshape(by_head.shape), schedule, geo)
-    results = call_kernel(geo, laid_out, results, kv_pages, layer, schedule, options, interpret)
-    tokens = from_rows(results, schedule, geo) if geo.by_row else from_head_major(results, outputs.shape[0])
-    tokens = tokens.reshape(*outputs.shape[:2], width)[..., width - outputs.shape[-1] :]
-    if schedule.tokens is not None and schedule.places is not None:
-        served = schedule.places < schedule.tokens.shape[0]
-        tokens = jnp.where(served[:, None, None], tokens, outputs)
-    return tokens, kv_pages
+    laid_out = rows_of(by_head, schedule, geo) if geo.by_row else head_major(by_head, schedule, geo)
+    results = call_kernel(geo, laid_out, outputs.dtype, kv_pages, layer, schedule, options, interpret)
+    tokens = from_rows(results, schedule, geo) if geo.by_row else from_head_major(results, num_tokens)
+    tokens = tokens.reshape(num_tokens, num_q_heads, width)[..., width - head_dim :]
+    others = jnp.pad(outputs, ((0, num_tokens - outputs.shape[0]), (0, 0), (0, 0)))
+    return jnp.where(schedule.served[:, None, None], tokens, others), kv_pages
 
 
 def geometry(queries: jax.Array, kv_pages: jax.Array, schedule: PrefillSchedule, options: Options) -> Geometry:
@@ -125,16 +117,18 @@ def from_rows(results: jax.Array, schedule: PrefillSchedule, geo: Geometry) -> j
 
 def stages(geo: Geometry) -> Stages:
     """See `Stages`."""
+    ways = [geo.units(masked) for masked in (True, False)]
+    rows, num_buffers = max(units.rows for units in ways), max(units.num_buffers for units in ways)
     widths = (geo.blocks.compute, jnp.float32), (geo.blocks.compute, geo.compute_dtype), (LANES, jnp.float32)
-    return Stages(*([pltpu.VMEM((1, geo.unit_rows, width), dtype)] * RING for width, dtype in widths))
+    return Stages(*([pltpu.VMEM((1, rows, width), dtype)] * num_buffers for width, dtype in widths))
 
 
 def call_kernel(
-    geo: Geometry, laid_out, results, kv_pages, layer, schedule: PrefillSchedule, options: Options, interpret: Any
+    geo: Geometry, laid_out, dtype, kv_pages, layer, schedule: PrefillSchedule, options: Options, interpret: Any
 ) -> jax.Array:
+    """Outputs in the layout of `laid_out`; undefined where no item has a token."""
     window = jnp.int32(0) if options.window is None else options.window
-    zero = jnp.int32(0)
-    scalars = jnp.stack([layer.reshape(()), window, schedule.counts[0], zero, zero])
+    scalars = jnp.stack([layer.reshape(()), window, schedule.counts[0], *[jnp.int32(0)] * 3])
     sinks = jnp.zeros(1, jnp.float32) if options.sinks is None else options.sinks
     operand = (geo.num_kv_heads, geo.rows, kv_pages.shape[-1])
     line = (geo.num_kv_heads, geo.rows, LANES)
@@ -144,11 +138,11 @@ def call_kernel(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[in_hbm] * 4,
+            in_specs=[in_hbm] * 3,
             out_specs=in_hbm,
             scratch_shapes=[
                 pltpu.VMEM((2, *operand), laid_out.dtype),
-                pltpu.VMEM((2, *operand), results.dtype),
+                pltpu.VMEM((2, *operand), dtype),
                 pltpu.VMEM((2, geo.block_pages, *kv_pages.shape[2:]), kv_pages.dtype),
                 pltpu.SMEM((2, *schedule.pages.shape[1:]), jnp.int32),
                 pltpu.VMEM(line, jnp.float32),
@@ -162,9 +156,8 @@ def call_kernel(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(results.shape, results.dtype),
-        input_output_aliases={7: 0},
+        out_shape=jax.ShapeDtypeStruct(laid_out.shape, dtype),
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=64 << 20),
         interpret=interpret,
         name="attend_many",
-    )(schedule.items, scalars, by_kv_head(options.v_scale, geo), sinks, laid_out, schedule.pages, kv_pages, results)
+    )(schedule.items, scalars, by_kv_head(options.v_scale, geo), sinks, laid_out, schedule.pages, kv_pages)

@@ -18,20 +18,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import ITEM_FIELDS, LANES, QUERY_ROWS, PrefillBlocks
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import QUERY_ROWS, PrefillBlocks
+from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import ITEM_FIELDS, LANES
 from pallas_kernels.ragged_paged_attention.tpu_write import select
 
 LOG2_E = float(np.log2(np.e))
+# Places in `Refs.scalars` that hold a 0 which the compiler does not know; see `attend_block`.
+ZERO_A, ZERO_B, ZERO_C = 3, 4, 5
 # Score of what must not be seen: finite, so that a row of which a block is all hidden has no NaN; what it adds is
 # multiplied by exp2(LOWEST - score) = 0 when the first real score comes.
 LOWEST = -1e30
 # Copies that are started between two tests of a loop.
 PAGES_AT_ONCE = 8
-# Units between the stages of one (see `attend_block`), buffers for them, and units without a loop between them: 1, 4
-# and 8 heads of 4 units of 128 rows took ever fewer static bundles a head (libtpu 0.0.48, v5e and v6e, 2026-11-21).
-LEAD = 4
-RING = 2 * LEAD
-MAX_UNITS = 32
 # Heads whose outputs are written without a loop between them: latencies of one are covered by the other.
 HEADS_FINISHED = 2
 
@@ -62,43 +60,67 @@ class Geometry:
     sinks: bool
     windowed: bool
 
-    @property
-    def unit_rows(self) -> int:
-        """Rows of an operand that go through softmax together: whole packed tiles that divide it."""
-        fits = [n for n in range(QUERY_ROWS, self.blocks.rows + 1, QUERY_ROWS) if self.rows % n == 0]
-        return fits[-1]
-
-    @property
-    def units_at_once(self) -> int:
-        """Units without a loop between them: all, some heads' or some of a head's."""
-        a_head = self.rows // self.unit_rows
+    def units(self, masked: bool) -> "Units":
+        """How the operands are cut: a unit's rows are whole packed tiles that divide an operand."""
+        blocks = self.blocks
+        most, lead = (blocks.masked_rows, blocks.masked_lead) if masked else (blocks.rows, blocks.lead)
+        rows = max(n for n in range(QUERY_ROWS, most + 1, QUERY_ROWS) if self.rows % n == 0)
+        a_head = self.rows // rows
         sizes = [n * a_head for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0]
         sizes += [n for n in range(1, a_head) if a_head % n == 0]
-        return max(n for n in sizes if n <= MAX_UNITS)
-
-    @property
-    def num_groups(self) -> int:
-        return self.num_kv_heads * (self.rows // self.unit_rows) // self.units_at_once
-
-    def unit(self, group, number: int) -> "Unit":
-        """A unit of a group of `units_at_once`."""
-        a_head, at_once = self.rows // self.unit_rows, self.units_at_once
-        if at_once >= a_head:
-            head, row = group * (at_once // a_head) + number // a_head, number % a_head
-        else:
-            groups_a_head = a_head // at_once
-            head, row = lax.div(group, groups_a_head), lax.rem(group, groups_a_head) * at_once + number
-        row = row * self.unit_rows
-        return Unit(head, row if isinstance(row, int) else pl.multiple_of(row, QUERY_ROWS), number % RING)
+        return Units(rows, a_head, max(n for n in sizes if n <= blocks.at_once), lead, self.num_kv_heads)
 
     @property
     def block_pages(self) -> int:
         return self.blocks.fetch // self.page_size
 
 
+class Unit(NamedTuple):
+    """A part of a block's work: `num_rows` rows of a head from `row` on, and the buffers they use."""
+
+    head: Any
+    row: Any
+    num_rows: int
+    ring: int
+
+
+@dataclass(frozen=True)
+class Units:
+    """How a block's work is cut: units of `rows` rows, of which a head has `a_head`; `at_once` have no loop between
+    them (all, some heads' or some of a head's), and between the stages of one lie those of `lead` others.
+    """
+
+    rows: int
+    a_head: int
+    at_once: int
+    lead: int
+    num_kv_heads: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_kv_heads * self.a_head // self.at_once
+
+    def unit(self, group, number: int) -> Unit:
+        """A unit of a group of `at_once`."""
+        if self.at_once >= self.a_head:
+            head, row = group * (self.at_once // self.a_head) + number // self.a_head, number % self.a_head
+        else:
+            groups = self.a_head // self.at_once
+            head, row = lax.div(group, groups), lax.rem(group, groups) * self.at_once + number
+        row = row * self.rows
+        if not isinstance(row, int):
+            row = pl.multiple_of(row, QUERY_ROWS)
+        return Unit(head, row, self.rows, number % self.num_buffers)
+
+    @property
+    def num_buffers(self) -> int:
+        """Of each stage: what a unit hands on is read `lead` units later."""
+        return 2 * self.lead
+
+
 class Stages(NamedTuple):
-    """What units of work hand on, RING buffers each: scores f32[1, unit_rows, compute], exponentials of them in the
-    compute dtype, and f32[1, unit_rows, LANES], by how much earlier sums shrink.
+    """What units of work hand on, two `lead`s of buffers each: scores f32[1, rows, compute], exponentials of them in
+    the compute dtype, and f32[1, rows, LANES], by how much earlier sums shrink.
     """
 
     scores: Any
@@ -107,7 +129,7 @@ class Stages(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """In scalar memory: items, scalars i32[5] (layer, window, count, 0, 0), v_scale f32[K], sinks f32[N], page_ids
+    """In scalar memory: items, scalars i32[6] (layer, window, count, 0, 0, 0), v_scale f32[K], sinks f32[N], page_ids
     i32[2, 1, M']. In HBM: queries and outputs [K, G, T', W] (tiles) or [R, K, rows, W] (rows), page_table
     i32[R, 1, M'], kv_pages. In VMEM: q_buf, o_buf [2, K, rows, W], kv_buf [2, pages, S, K, C, W], and of each head, in
     f32, the running maximum and the sums by lane [K, rows, LANES] and the accumulator [K, rows, W]. stages: see
@@ -240,10 +262,11 @@ def wait_pages(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
 # Arithmetic
 
 
-def tokens_of(geo: Geometry, refs: Refs, slot, kind: int, head, first_page, num_pages: int) -> jax.Array:
+def tokens_of(geo: Geometry, refs: Refs, block: "Block", kind: int, head) -> jax.Array:
     """Keys (kind 0) or values (-1) [S, W] of a head, in the compute dtype; the same where they lie side by side."""
-    pages = refs.kv_buf[slot, pl.ds(first_page, num_pages), kind % geo.num_kinds, head]
-    return pages.astype(geo.compute_dtype).reshape(num_pages * geo.page_size, -1)
+    pages = pl.ds(block.first_page, block.num_pages)
+    found = refs.kv_buf[block.slot + refs.scalars[ZERO_C], pages, kind % geo.num_kinds, head]
+    return found.astype(geo.compute_dtype).reshape(block.num_pages * geo.page_size, -1)
 
 
 def product(geo: Geometry, left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
@@ -283,78 +306,79 @@ class Block(NamedTuple):
     item: Item | None
 
 
-class Unit(NamedTuple):
-    """A part of a block's work: some rows of a head, and the buffers they use."""
-
-    head: Any
-    row: Any
-    ring: int
-
-
 def multiply_keys(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
     """Scores in units of log2(e) (before the soft cap: of it)."""
-    keys = tokens_of(geo, refs, block.slot, 0, unit.head, block.first_page, block.num_pages)
-    queries = refs.q_buf[lax.rem(block.index, 2), unit.head, pl.ds(unit.row, geo.unit_rows)]
-    refs.stages.scores[unit.ring][refs.scalars[3], :, : keys.shape[0]] = product(geo, queries, keys, 1)
+    keys = tokens_of(geo, refs, block, 0, unit.head)
+    queries = refs.q_buf[lax.rem(block.index, 2), unit.head, pl.ds(unit.row, unit.num_rows)]
+    scores = product(geo, queries, keys, 1)
+    refs.stages.scores[unit.ring][refs.scalars[ZERO_A], : unit.num_rows, : keys.shape[0]] = scores
 
 
 def weigh(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
     """Softmax so far: exponentials of the scores, and what they change of the state; a few rows after the other, so
     that few registers are in use.
     """
-    size = next(n for n in (32, QUERY_ROWS) if geo.unit_rows % n == 0)
-    for row in range(0, geo.unit_rows, size):
+    size = max(n for n in range(QUERY_ROWS, geo.blocks.chunk + 1, QUERY_ROWS) if unit.num_rows % n == 0)
+    for row in range(0, unit.num_rows, size):
         weigh_rows(geo, refs, block, unit, row, size)
 
 
 def weigh_rows(geo: Geometry, refs: Refs, block: Block, unit: Unit, row: int, size: int) -> None:
     """`weigh` for rows `row .. row + size - 1` of a unit."""
-    here, rows, num_kv = slice(row, row + size), pl.ds(unit.row + row, size), block.num_pages * geo.page_size
-    s = refs.stages.scores[unit.ring][refs.scalars[4], here, :num_kv]
-    if geo.soft_cap is not None:
-        s = jnp.tanh(s) * (geo.soft_cap * LOG2_E)
-    if block.item is not None:
-        s = jnp.where(visible(geo, refs, block.item, block.kv_start, unit.row + row, size, num_kv), s, LOWEST)
+    here, rows = slice(row, row + size), pl.ds(unit.row + row, size)
+    num_kv = block.num_pages * geo.page_size
+
+    def scores(zero):
+        s = refs.stages.scores[unit.ring][zero, here, :num_kv]
+        if geo.soft_cap is not None:
+            s = jnp.tanh(s) * (geo.soft_cap * LOG2_E)
+        if block.item is None:
+            return s
+        seen = visible(geo, refs, block.item, block.kv_start + zero, unit.row + row, size, num_kv)
+        return jnp.where(seen, s, LOWEST)
+
     before = refs.maximum[unit.head, rows]
-    top = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+    # Read and masked twice: kept in registers from one use to the other, scores would be spilled.
+    top = jnp.maximum(before, jnp.max(scores(refs.scalars[ZERO_B]), axis=1, keepdims=True))
     num_lines = num_kv // LANES
-    p = jnp.exp2(s - jnp.concatenate([top] * num_lines, axis=1))
+    p = jnp.exp2(scores(refs.scalars[ZERO_C]) - jnp.concatenate([top] * num_lines, axis=1))
     decay = jnp.exp2(before - top)
     lines = [p[:, i * LANES : (i + 1) * LANES] for i in range(num_lines)]
     refs.maximum[unit.head, rows] = top
     refs.total[unit.head, rows] = refs.total[unit.head, rows] * decay + sum(lines[1:], lines[0])
-    refs.stages.weights[unit.ring][refs.scalars[3], here, :num_kv] = p.astype(geo.compute_dtype)
-    refs.stages.decays[unit.ring][refs.scalars[3], here] = decay
+    refs.stages.weights[unit.ring][refs.scalars[ZERO_A], here, :num_kv] = p.astype(geo.compute_dtype)
+    refs.stages.decays[unit.ring][refs.scalars[ZERO_A], here] = decay
 
 
 def multiply_values(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
-    rows, num_kv = pl.ds(unit.row, geo.unit_rows), block.num_pages * geo.page_size
-    values = tokens_of(geo, refs, block.slot, -1, unit.head, block.first_page, block.num_pages)
-    weights = refs.stages.weights[unit.ring][refs.scalars[4], :, :num_kv]
-    decay = refs.stages.decays[unit.ring][refs.scalars[4]]
+    rows, here = pl.ds(unit.row, unit.num_rows), slice(0, unit.num_rows)
+    values = tokens_of(geo, refs, block, -1, unit.head)
+    weights = refs.stages.weights[unit.ring][refs.scalars[ZERO_B], here, : values.shape[0]]
+    decay = refs.stages.decays[unit.ring][refs.scalars[ZERO_B], here]
     decays = jnp.concatenate([decay] * (values.shape[1] // LANES), axis=1)
     refs.accumulator[unit.head, rows] = refs.accumulator[unit.head, rows] * decays + product(geo, weights, values, 0)
 
 
 def attend_block(geo: Geometry, refs: Refs, block: Block) -> None:
     """All heads against a block, unit by unit: while one goes through softmax, the matrix unit has the scores of one
-    LEAD units later and the values of one LEAD units earlier.
+    `lead` units later and the values of one `lead` units earlier.
 
     What they hand on lies in buffers, written and read at indices 0 that the compiler does not know to be equal: else
     it keeps it in registers and spills them.
     """
+    units = geo.units(block.item is not None)
+    lead = units.lead
 
     def group(g, _=None):
-        units = [geo.unit(g, number) for number in range(geo.units_at_once)]
-        for now in range(-LEAD, len(units) + LEAD):
-            for stage, number in ((multiply_values, now - LEAD), (multiply_keys, now + LEAD), (weigh, now)):
-                if 0 <= number < len(units):
-                    stage(geo, refs, block, units[number])
+        for now in range(-lead, units.at_once + lead):
+            for stage, number in ((multiply_values, now - lead), (multiply_keys, now + lead), (weigh, now)):
+                if 0 <= number < units.at_once:
+                    stage(geo, refs, block, units.unit(g, number))
 
-    if geo.num_groups == 1:
+    if units.num_groups == 1:
         group(0)
     else:
-        lax.fori_loop(0, geo.num_groups, group, None)
+        lax.fori_loop(0, units.num_groups, group, None)
 
 
 def clear_tail(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
@@ -523,9 +547,7 @@ def attend_item(geo: Geometry, refs: Refs, index, count, done):
 
 
 def kernel(geo: Geometry, *args) -> None:
-    # The outputs arrive twice: as operand and, aliased, as result; all reads and writes go through the result.
-    *inputs, _, outputs = args[:9]
-    refs = Refs._make([*inputs, outputs, *args[9:]])
+    refs = Refs._make(args)
     count = refs.scalars[2]
 
     @pl.when(count > 0)

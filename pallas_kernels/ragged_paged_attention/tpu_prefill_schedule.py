@@ -7,48 +7,17 @@ from jax import Array, lax
 from jax.tree_util import register_dataclass
 
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import (
+    QUERY_ROWS,
+    WINDOW_ROWS,
+    PrefillBlocks,
+    is_few,
+)
 
-# Rows of a packed tile of the narrowest dtype that is copied along it: bfloat16 packs 16 rows in a tile, 8-bit types 32
-# (Pallas TPU, "tiling"). Copies from and to HBM start and end at multiples.
-QUERY_ROWS = 16
-WINDOW_ROWS = 32
 # Lanes of a vector register: the page table is copied to scalar memory in whole lines of so many.
 LANES = 128
-# With at most this many queries a row, items are whole rows, and all of a kv head's queries are one operand.
-MAX_ROW_QUERIES = 16
 ITEM_FIELDS = 5
 WRITE_FIELDS = 6
-
-
-@dataclass(frozen=True)
-class PrefillBlocks:
-    """Static sizes of the kernels' loops.
-
-    Fields:
-      queries: tokens of an item (a power of two, at least QUERY_ROWS when items are tiles).
-      fetch: tokens of context a copy brings, in whole pages.
-      compute: tokens of context multiplied at once where all are seen by all queries; divides `fetch`.
-      masked: tokens of context at once where some are not seen; divides `compute`.
-      rows: rows of an operand (queries times group) that go through softmax together.
-      write: tokens written at once, at most a page.
-    """
-
-    queries: int
-    fetch: int
-    compute: int
-    masked: int
-    rows: int
-    write: int
-
-    @staticmethod
-    def choose(spec: AttentionSpec) -> "PrefillBlocks":
-        few = is_few(spec.max_q_len)
-        queries = 1 << (spec.max_q_len - 1).bit_length() if few and spec.max_q_len else 128
-        page = spec.page_size
-        fetch = max(512, page)
-        packed = QUERY_ROWS if jnp.dtype(spec.kv_dtype).itemsize > 1 else WINDOW_ROWS
-        write = min(page, packed if few else 128)
-        return PrefillBlocks(queries, fetch, max(512, page), max(256, page), 128, write)
 
 
 @register_dataclass
@@ -66,6 +35,7 @@ class PrefillSchedule:
       pages: i32[R, 1, M'], the rows' pages, beyond a row's length its last one; M' in whole lines.
       tokens: i32[R * queries], the packed token of each query where items are rows, else None.
       places: i32[T], the inverse of `tokens`; R * queries for tokens that are not served.
+      served: bool[T], whether a token is in any item.
       blocks: static sizes.
     """
 
@@ -75,12 +45,8 @@ class PrefillSchedule:
     pages: Array
     tokens: Array | None
     places: Array | None
+    served: Array
     blocks: PrefillBlocks = field(metadata={"static": True})
-
-
-def is_few(max_q_len: int | None) -> bool:
-    """Whether items are whole rows."""
-    return max_q_len is not None and max_q_len <= MAX_ROW_QUERIES
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -104,12 +70,11 @@ def make_prefill_schedule(
     distribution,
     num_tokens: int,
     spec: AttentionSpec,
-    blocks: PrefillBlocks | None = None,
+    blocks: PrefillBlocks,
 ) -> PrefillSchedule:
     """Arrays as in `api.make_schedule`. With `spec.max_q_len` all rows are served, without it those from
-    `distribution[0]` on; `blocks` is for tests and measurements.
+    `distribution[0]` on.
     """
-    blocks = blocks or PrefillBlocks.choose(spec)
     kv_lens, cu_q_lens = jnp.asarray(kv_lens, jnp.int32), jnp.asarray(cu_q_lens, jnp.int32)
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     first = 0 if spec.max_q_len is not None else distribution[0]
@@ -127,7 +92,14 @@ def make_prefill_schedule(
     writes, num_writes = write_items(kv_lens, q_lens, starts, pages, num_tokens, spec.page_size, blocks)
     counts = jnp.stack([num_items, num_writes])
     pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % LANES)))[:, None]
-    return PrefillSchedule(items, writes, counts, pages, tokens, places, blocks)
+    served = served_tokens(starts, q_lens, num_tokens)
+    return PrefillSchedule(items, writes, counts, pages, tokens, places, served, blocks)
+
+
+def served_tokens(starts: Array, q_lens: Array, num_tokens: int) -> Array:
+    """See `PrefillSchedule.served`."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    return jnp.any((token >= starts) & (token < starts + q_lens), axis=1)
 
 
 def last_page_beyond(page_indices: Array, kv_lens: Array, page_size: int) -> Array:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.tree_util import register_dataclass
 
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import PrefillBlocks, prefill_blocks
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import PrefillSchedule, make_prefill_schedule
 
 # The smallest piece of a row of the table that a copy may move: a lane tile of 128 x i32.
@@ -76,13 +77,23 @@ class Schedule:
     many: PrefillSchedule | None
 
 
-def make_schedule(kv_lens, page_indices, cu_q_lens, distribution, *, num_tokens: int, spec: AttentionSpec) -> Schedule:
-    """See `api.make_schedule`."""
+def make_schedule(
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    distribution,
+    *,
+    num_tokens: int,
+    spec: AttentionSpec,
+    blocks: PrefillBlocks | None = None,
+) -> Schedule:
+    """See `api.make_schedule`; `blocks` is for measurements."""
     kv_lens, page_indices, cu_q_lens = (jnp.asarray(x, jnp.int32) for x in (kv_lens, page_indices, cu_q_lens))
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     many = None
     if spec.max_q_len != 1:
-        many = make_prefill_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens, spec)
+        blocks = blocks or prefill_blocks(spec)
+        many = make_prefill_schedule(kv_lens, page_indices, cu_q_lens, distribution, num_tokens, spec, blocks)
     if spec.max_q_len not in (1, None):
         return Schedule(None, many)
     end = jnp.asarray(distribution)[2 if spec.max_q_len == 1 else 0]

@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import WINDOW_ROWS
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
-    WINDOW_ROWS,
     WRITE_FIELDS,
     PrefillSchedule,
     padded_tokens,

@@ -15,11 +15,12 @@ from pallas_kernels.ragged_paged_attention import gpu, gpu_blocks, gpu_units, tp
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import prefill_blocks
 from pallas_kernels.tune import __main__ as tool
 from pallas_kernels.tune import timing
 from pallas_kernels.tune.calls import Call
 from pallas_kernels.tune.choosing import Trial, table, winner
-from pallas_kernels.tune.operations import DECODE, GPU_DECODE, GPU_PREFILL, MATMUL, OPERATIONS, matching
+from pallas_kernels.tune.operations import DECODE, GPU_DECODE, GPU_PREFILL, MATMUL, OPERATIONS, PREFILL, matching
 from pallas_kernels.tuning import Entry
 
 needs_tpu = pytest.mark.skipif(toolchain.missing("tpu") is not None, reason=str(toolchain.missing("tpu")))
@@ -129,6 +130,19 @@ def test_the_kernel_takes_what_was_tuned_for_the_call(entry: Entry):
         Device("tpu", entry.device),
     )  # fmt: skip
     assert found == DecodeBlocks(**entry.blocks)
+    assert entry.provenance.split()[1] in ("predicted", "measured")
+
+
+@pytest.mark.parametrize("entry", tuning.read(PREFILL.name), ids=lambda entry: f"{entry.device} {dict(entry.key)}")
+def test_prefill_takes_what_was_tuned_for_the_call(entry: Entry):
+    num_kv_heads, head_dim = (int(size) for size in str(entry.key["heads"]).split(" x "))
+    spec = AttentionSpec(
+        num_kv_heads * int(entry.key["group"]), num_kv_heads, head_dim, int(entry.key["page_size"]),
+        kv_dtype=str(entry.key["kv_dtype"]), device=Device("tpu", entry.device),
+    )  # fmt: skip
+    assert asdict(prefill_blocks(spec)).items() >= entry.blocks.items()
+    few = prefill_blocks(replace(spec, max_q_len=5))
+    assert few.queries == 8, "rows of a few queries are no tiles, tuned or not"
     assert entry.provenance.split()[1] in ("predicted", "measured")
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.targets import CHIPS, TARGETS, target
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import WIDE
 
 JOBS = "tests.pallas_kernels.aot.test_toolchain"
 needs_tpu = pytest.mark.skipif(toolchain.missing("tpu") is not None, reason=str(toolchain.missing("tpu")))
@@ -84,7 +85,8 @@ def describe(names: list[str]) -> dict:
             with jax.set_mesh(mesh):
                 info = pltpu.get_tpu_info()
             found[name] |= {"hbm": info.hbm_capacity_bytes, "bandwidth": info.mem_bw_bytes_per_second,
-                            "bfloat16": info.bf16_ops_per_second, "int8": info.int8_ops_per_second}  # fmt: skip
+                            "bfloat16": info.bf16_ops_per_second, "int8": info.int8_ops_per_second,
+                            "matrix_width": info.mxu_column_size}  # fmt: skip
     return found
 
 
@@ -94,6 +96,7 @@ def test_tpu_targets_answer_and_the_table_of_chips_is_what_jax_says():
     for name, found in toolchain.run(f"{JOBS}:describe", {"names": names}, "tpu").value.items():
         chip = target(name).chip
         assert (found["kind"], found["devices"], found["axes"]) == (chip.kind, target(name).num_devices, ["tensor"])
+        assert chip.kind.startswith(WIDE) == (found["matrix_width"] > 128)
         if chip == CHIPS["v5p"]:
             continue  # jax describes one of its two cores
         assert (found["hbm"], found["bandwidth"]) == (chip.hbm_bytes, chip.hbm_bytes_per_second)

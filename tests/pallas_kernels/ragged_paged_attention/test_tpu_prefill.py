@@ -15,12 +15,14 @@ from pallas_kernels.ragged_paged_attention.cases import AttentionCase, Attention
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec, Options
 from pallas_kernels.ragged_paged_attention.page_dtypes import to_page_dtype
 from pallas_kernels.ragged_paged_attention.tpu_prefill import attend_many
-from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import PrefillBlocks, make_prefill_schedule
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import PrefillBlocks, prefill_blocks
+from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import make_prefill_schedule
 from tests.pallas_kernels.interpreters import DMA_MODES, DmaMode, tpu_interpreter_without_races
 from tests.pallas_kernels.ragged_paged_attention.support import TOLERANCE, error_a_token, expected, options_of
 
 # Two blocks of 128 a fetch: the smallest that have both sizes of masks.
-TILES = PrefillBlocks(queries=16, fetch=256, compute=256, masked=128, rows=16, write=16)
+TILES = PrefillBlocks(queries=16, fetch=256, compute=256, masked=128, rows=16, masked_rows=16, lead=2, masked_lead=1,
+                      chunk=16, at_once=8, write=16)  # fmt: skip
 BASE = AttentionCase("rows", (), num_kv_heads=1, group=2, head_dim=128, page_size=16, max_pages=48, num_layers=1,
                      layer=0, dtype="bfloat16", kv_dtype="bfloat16")  # fmt: skip
 
@@ -36,7 +38,7 @@ def run(
         spec = AttentionSpec(queries.shape[1], keys.shape[1], case.head_dim, case.page_size, queries.dtype,
                              kv_pages.dtype, case.max_q_len)  # fmt: skip
         schedule = make_prefill_schedule(
-            kv_lens, page_indices, cu_q_lens, distribution, len(queries), spec, blocks=blocks
+            kv_lens, page_indices, cu_q_lens, distribution, len(queries), spec, blocks or prefill_blocks(spec)
         )
         new = [to_page_dtype(x, s, kv_pages.dtype) for x, s in ((keys, options.k_scale), (values, options.v_scale))]
         new_kv = jnp.stack(new, axis=1)
