@@ -41,10 +41,9 @@ class Found:
     @property
     def limit(self) -> float:
         """Most of the hot loop's bundles that may spill. A matmul of many rows keeps its sums in VMEM, where XLA's own
-        dot keeps them too: stores that are called spills and cost slots that are free. Ours may have a tenth more: it
-        quantises the rows in the same loop.
+        dot keeps them too: stores that are called spills and cost slots that are free.
         """
-        return max(MOST_SPILLING, 1.1 * (self.xla_spilling or 0.0))
+        return max(MOST_SPILLING, self.xla_spilling or 0.0)
 
     @property
     def spills(self) -> bool:

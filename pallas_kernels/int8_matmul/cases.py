@@ -64,5 +64,6 @@ CASES: tuple[Int8MatmulCase, ...] = (
     Int8MatmulCase("kernel_8_rows", (8,), 256, 512, dtype="bfloat16", zero_rows=1),
     Int8MatmulCase("kernel_17_rows_odd_sizes", (17,), 320, 264, dtype="bfloat16"),
     Int8MatmulCase("kernel_64_rows", (64,), 1152, 256, dtype="bfloat16", out_dtype="float32"),
+    Int8MatmulCase("kernel_40_rows_wide_blocks", (40,), 256, 2304, dtype="bfloat16"),
     Int8MatmulCase("kernel_200_rows", (200,), 640, 272, dtype="bfloat16", num_layers=2),
 )

@@ -73,13 +73,13 @@ def test_a_bad_call_is_named(found, words):
     assert table([found]).splitlines()[-1].endswith("| 1 |")
 
 
-def test_a_matmul_may_spill_a_tenth_more_than_xlas_dot():
+def test_a_matmul_may_spill_as_much_as_xlas_dot_and_no_more():
     spilling = Found(DOT, Measured({}, memory=MEMORY, loops=(loop("int8_matmul", 0.52),)))
     assert len(complaints(spilling)) == 1
     xla = (loop("fusion.1", 0.99, fill=0.1), loop("dot.2", 0.53, fill=0.9), loop("copy", 0.0))
     assert complaints(spilling.beside(Measured({}, memory=MEMORY, loops=xla))) == []
     assert "52.0% (XLA's dot 53.0%)" in table([spilling.beside(Measured({}, memory=MEMORY, loops=xla))])
-    less = replace(xla[1], loop_spilling=0.47)
+    less = replace(xla[1], loop_spilling=0.51)
     assert len(complaints(spilling.beside(Measured({}, memory=MEMORY, loops=(less,))))) == 1
 
 
