@@ -69,6 +69,7 @@ def geometry(queries: jax.Array, kv_pages: jax.Array, schedule: PrefillSchedule,
         num_kinds=num_kinds,
         num_kv_heads=num_kv_heads,
         compute_dtype=floats,
+        converted=kv_pages.dtype != floats and (not by_row or kv_pages.shape[-1] > LANES),
         soft_cap=options.soft_cap,
         sinks=options.sinks is not None,
         windowed=options.window is not None,
@@ -132,6 +133,7 @@ def call_kernel(
     sinks = jnp.zeros(1, jnp.float32) if options.sinks is None else options.sinks
     operand = (geo.num_kv_heads, geo.rows, kv_pages.shape[-1])
     line = (geo.num_kv_heads, geo.rows, LANES)
+    block = (geo.block_pages, *kv_pages.shape[2:])
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         partial(kernel, geo),
@@ -143,7 +145,7 @@ def call_kernel(
             scratch_shapes=[
                 pltpu.VMEM((2, *operand), laid_out.dtype),
                 pltpu.VMEM((2, *operand), dtype),
-                pltpu.VMEM((2, geo.block_pages, *kv_pages.shape[2:]), kv_pages.dtype),
+                pltpu.VMEM((2, *block), kv_pages.dtype),
                 pltpu.SMEM((2, *schedule.pages.shape[1:]), jnp.int32),
                 pltpu.VMEM(line, jnp.float32),
                 pltpu.VMEM(line, jnp.float32),
@@ -154,6 +156,7 @@ def call_kernel(
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
+                *([pltpu.VMEM((1, *block), geo.compute_dtype)] if geo.converted else []),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(laid_out.shape, dtype),

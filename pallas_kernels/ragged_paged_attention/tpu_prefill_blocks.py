@@ -27,8 +27,8 @@ class PrefillBlocks:
       fetch: tokens of context a copy brings, in whole pages.
       compute: tokens of context multiplied at once where all are seen by all queries; divides `fetch`.
       masked: tokens of context at once where some are not seen; divides `compute`.
-      rows, masked_rows: rows of an operand (queries times group) that go through softmax together, without masks and
-        with them.
+      rows, masked_rows: rows of an operand (queries times group) that go through softmax together, plain and
+        where masks or a soft cap take registers too.
       lead, masked_lead: units of so many rows between the stages of one: while it is in softmax, the unit so much later
         is in the product with keys and the one so much earlier in the product with values.
       chunk: rows of a unit whose scores are in registers at once.
@@ -68,7 +68,7 @@ def prefill_blocks(spec: AttentionSpec) -> PrefillBlocks:
     """For rows of many queries what was tuned for the device, the dtype of the pages and the heads; else the rule."""
     key = prefill_key(spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.kv_dtype, spec.page_size)
     tuned = None if is_few(spec.max_q_len) else tuning.lookup("ragged_paged_attention_prefill", spec.device.kind, **key)
-    return blocks_with(spec, tuned or default_units(spec.device))
+    return blocks_with(spec, tuned or default_units(spec.device, spec.head_dim))
 
 
 def blocks_with(spec: AttentionSpec, units: dict[str, int]) -> PrefillBlocks:
@@ -79,15 +79,17 @@ def blocks_with(spec: AttentionSpec, units: dict[str, int]) -> PrefillBlocks:
     return PrefillBlocks(queries=queries, write=min(spec.page_size, packed if few else 128), **units)
 
 
-def default_units(device: Device) -> dict[str, int]:
+def default_units(device: Device, head_dim: int) -> dict[str, int]:
     """Units of 64 rows keep matrix units of 128 columns busy without spills (libtpu 0.0.48, v5e: 0.97 of the peak where
     nothing is masked, 0.1 % of the bundles spill; with 128 rows 0.92 and 5 %). 256 columns want 128 rows: v6e 0.36 of
-    the peak, of which heads of 128 leave half, instead of 0.30; with masks those would spill. 4, 16 and 32 units at
-    once take ever fewer bundles a unit; more lengthen the code and its compilation. Where the kernel is interpreted
-    only the number of operations counts.
+    the peak, of which heads of 128 leave half, instead of 0.30; with masks those would spill, and so would heads of 256
+    with more than 32 rows. 4, 16 and 32 units at once take ever fewer bundles a unit; more lengthen the code and its
+    compilation. Where the kernel is interpreted only the number of operations counts.
     """
     masked = {"masked": 256, "masked_rows": 64, "masked_lead": 3}
     shared = {"fetch": 512, "compute": 512, "rows": 64, "lead": 3, "chunk": 16, "at_once": 32, **masked}
     if device.platform != "tpu":
         return shared | {"rows": 128, "masked_rows": 128, "lead": 1, "masked_lead": 1, "chunk": 128, "at_once": 1}
-    return shared | ({"masked": 512, "rows": 128, "lead": 2} if device.kind.startswith(WIDE) else {})
+    wide = {"masked": 512, "rows": 128, "lead": 2, "masked_lead": 2, "chunk": 32, "at_once": 16}
+    found = shared | (wide if device.kind.startswith(WIDE) else {})
+    return found | ({"rows": 32, "masked_rows": 32, "lead": 2, "masked_lead": 2} if head_dim > 128 else {})

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import QUERY_ROWS, PrefillBlocks
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import ITEM_FIELDS, LANES
+from pallas_kernels.ragged_paged_attention.tpu_prefill_units import Unit, Units
 from pallas_kernels.ragged_paged_attention.tpu_write import select
 
 LOG2_E = float(np.log2(np.e))
@@ -45,6 +46,8 @@ class Geometry:
       period: a power of two; row m of an operand belongs to the item's query m % period.
       page_size, num_kinds: C, S.
       compute_dtype: of operands of the matrix unit.
+      converted: whether pages of another dtype are converted a block at a time. Where items are rows, each head has
+        hardly more than one unit, which does it itself (and spills where heads are wider than LANES).
     """
 
     blocks: PrefillBlocks
@@ -56,14 +59,16 @@ class Geometry:
     num_kinds: int
     num_kv_heads: int
     compute_dtype: Any
+    converted: bool
     soft_cap: float | None
     sinks: bool
     windowed: bool
 
-    def units(self, masked: bool) -> "Units":
+    def units(self, masked: bool) -> Units:
         """How the operands are cut: a unit's rows are whole packed tiles that divide an operand."""
         blocks = self.blocks
-        most, lead = (blocks.masked_rows, blocks.masked_lead) if masked else (blocks.rows, blocks.lead)
+        more = masked or self.soft_cap is not None
+        most, lead = (blocks.masked_rows, blocks.masked_lead) if more else (blocks.rows, blocks.lead)
         rows = max(n for n in range(QUERY_ROWS, most + 1, QUERY_ROWS) if self.rows % n == 0)
         a_head = self.rows // rows
         sizes = [n * a_head for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0]
@@ -73,49 +78,6 @@ class Geometry:
     @property
     def block_pages(self) -> int:
         return self.blocks.fetch // self.page_size
-
-
-class Unit(NamedTuple):
-    """A part of a block's work: `num_rows` rows of a head from `row` on, and the buffers they use."""
-
-    head: Any
-    row: Any
-    num_rows: int
-    ring: int
-
-
-@dataclass(frozen=True)
-class Units:
-    """How a block's work is cut: units of `rows` rows, of which a head has `a_head`; `at_once` have no loop between
-    them (all, some heads' or some of a head's), and between the stages of one lie those of `lead` others.
-    """
-
-    rows: int
-    a_head: int
-    at_once: int
-    lead: int
-    num_kv_heads: int
-
-    @property
-    def num_groups(self) -> int:
-        return self.num_kv_heads * self.a_head // self.at_once
-
-    def unit(self, group, number: int) -> Unit:
-        """A unit of a group of `at_once`."""
-        if self.at_once >= self.a_head:
-            head, row = group * (self.at_once // self.a_head) + number // self.a_head, number % self.a_head
-        else:
-            groups = self.a_head // self.at_once
-            head, row = lax.div(group, groups), lax.rem(group, groups) * self.at_once + number
-        row = row * self.rows
-        if not isinstance(row, int):
-            row = pl.multiple_of(row, QUERY_ROWS)
-        return Unit(head, row, self.rows, number % self.num_buffers)
-
-    @property
-    def num_buffers(self) -> int:
-        """Of each stage: what a unit hands on is read `lead` units later."""
-        return 2 * self.lead
 
 
 class Stages(NamedTuple):
@@ -133,7 +95,7 @@ class Refs(NamedTuple):
     i32[2, 1, M']. In HBM: queries and outputs [K, G, T', W] (tiles) or [R, K, rows, W] (rows), page_table
     i32[R, 1, M'], kv_pages. In VMEM: q_buf, o_buf [2, K, rows, W], kv_buf [2, pages, S, K, C, W], and of each head, in
     f32, the running maximum and the sums by lane [K, rows, LANES] and the accumulator [K, rows, W]. stages: see
-    `Stages`.
+    `Stages`. converted: [1, pages, S, K, C, W] in the compute dtype, the block in use, or None.
     """
 
     items: Any
@@ -157,6 +119,7 @@ class Refs(NamedTuple):
     old_sem: Any
     kv_sems: Any
     id_sems: Any
+    converted: Any = None
 
 
 class Item(NamedTuple):
@@ -265,7 +228,8 @@ def wait_pages(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
 def tokens_of(geo: Geometry, refs: Refs, block: "Block", kind: int, head) -> jax.Array:
     """Keys (kind 0) or values (-1) [S, W] of a head, in the compute dtype; the same where they lie side by side."""
     pages = pl.ds(block.first_page, block.num_pages)
-    found = refs.kv_buf[block.slot + refs.scalars[ZERO_C], pages, kind % geo.num_kinds, head]
+    buffer, slot = (refs.converted, 0) if geo.converted else (refs.kv_buf, block.slot)
+    found = buffer[slot + refs.scalars[ZERO_C], pages, kind % geo.num_kinds, head]
     return found.astype(geo.compute_dtype).reshape(block.num_pages * geo.page_size, -1)
 
 
@@ -326,12 +290,9 @@ def weigh(geo: Geometry, refs: Refs, block: Block, unit: Unit) -> None:
 def weigh_rows(geo: Geometry, refs: Refs, block: Block, unit: Unit, row: int, size: int) -> None:
     """`weigh` for rows `row .. row + size - 1` of a unit."""
     here, rows = slice(row, row + size), pl.ds(unit.row + row, size)
-    num_kv = block.num_pages * geo.page_size
+    num_kv, scores = block.num_pages * geo.page_size, refs.stages.scores[unit.ring]
 
-    def scores(zero):
-        s = refs.stages.scores[unit.ring][zero, here, :num_kv]
-        if geo.soft_cap is not None:
-            s = jnp.tanh(s) * (geo.soft_cap * LOG2_E)
+    def masked(s, zero):
         if block.item is None:
             return s
         seen = visible(geo, refs, block.item, block.kv_start + zero, unit.row + row, size, num_kv)
@@ -339,9 +300,15 @@ def weigh_rows(geo: Geometry, refs: Refs, block: Block, unit: Unit, row: int, si
 
     before = refs.maximum[unit.head, rows]
     # Read and masked twice: kept in registers from one use to the other, scores would be spilled.
-    top = jnp.maximum(before, jnp.max(scores(refs.scalars[ZERO_B]), axis=1, keepdims=True))
+    first_read, second_read = refs.scalars[ZERO_B], refs.scalars[ZERO_C]
+    s = scores[first_read, here, :num_kv]
+    if geo.soft_cap is not None:
+        s = jnp.tanh(s) * (geo.soft_cap * LOG2_E)
+        scores[refs.scalars[ZERO_A], here, :num_kv] = s
+    top = jnp.maximum(before, jnp.max(masked(s, first_read), axis=1, keepdims=True))
     num_lines = num_kv // LANES
-    p = jnp.exp2(scores(refs.scalars[ZERO_C]) - jnp.concatenate([top] * num_lines, axis=1))
+    s = masked(scores[second_read, here, :num_kv], second_read)
+    p = jnp.exp2(s - jnp.concatenate([top] * num_lines, axis=1))
     decay = jnp.exp2(before - top)
     lines = [p[:, i * LANES : (i + 1) * LANES] for i in range(num_lines)]
     refs.maximum[unit.head, rows] = top
@@ -398,6 +365,20 @@ def clear_tail(geo: Geometry, refs: Refs, it: Item, block, slot) -> None:
     lax.fori_loop(lax.div(left, page), end, clear_page, None)
 
 
+def convert(geo: Geometry, refs: Refs, slot, first, end) -> None:
+    """Pages `first .. end - 1` of a buffer for the matrix unit, once for all units of their heads."""
+    if not geo.converted:
+        return
+
+    def convert_page(i, _):
+        def head(k, _):
+            refs.converted[0, i, :, k] = refs.kv_buf[slot, i, :, k].astype(geo.compute_dtype)
+
+        lax.fori_loop(0, geo.num_kv_heads, head, None)
+
+    lax.fori_loop(first, end, convert_page, None)
+
+
 def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> None:
     """All of a fetched block: without masks when all of it is seen by all of the item's queries."""
     blocks, page = geo.blocks, geo.page_size
@@ -408,6 +389,7 @@ def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> N
     @pl.when(whole)
     def _():
         size = blocks.compute // page
+        convert(geo, refs, slot, 0, geo.block_pages)
 
         def part(i, _):
             attend_block(geo, refs, Block(index, slot, i * size, size, begin + i * blocks.compute, None))
@@ -419,12 +401,14 @@ def attend_fetched(geo: Geometry, refs: Refs, it: Item, index, block, slot) -> N
         low = jnp.maximum(lowest_seen(geo, refs, it.position + it.low), begin) - begin
         high = jnp.minimum(it.kv_end, end) - begin
         size = blocks.masked // page
+        first, last = lax.div(low, blocks.masked), lax.div(high + blocks.masked - 1, blocks.masked)
         pl.when(it.kv_end < end)(lambda: clear_tail(geo, refs, it, block, slot))
+        convert(geo, refs, slot, first * size, last * size)
 
         def part(i, _):
             attend_block(geo, refs, Block(index, slot, i * size, size, begin + i * blocks.masked, it))
 
-        lax.fori_loop(lax.div(low, blocks.masked), lax.div(high + blocks.masked - 1, blocks.masked), part, None)
+        lax.fori_loop(first, last, part, None)
 
 
 def clear(geo: Geometry, refs: Refs, h) -> None:
@@ -547,7 +531,7 @@ def attend_item(geo: Geometry, refs: Refs, index, count, done):
 
 
 def kernel(geo: Geometry, *args) -> None:
-    refs = Refs._make(args)
+    refs = Refs(*args)
     count = refs.scalars[2]
 
     @pl.when(count > 0)

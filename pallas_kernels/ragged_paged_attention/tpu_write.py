@@ -4,6 +4,7 @@ Copies to and from tiled memory start at whole tiles, so a group is read, merged
 that are not written keep their bytes. A group of which all slots are written is not read.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import WINDOW_ROWS
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
+    LANES,
     WRITE_FIELDS,
     PrefillSchedule,
     padded_tokens,
@@ -25,7 +27,8 @@ NUM_GROUPS = 3  # one being read ahead, one being merged, one being written
 
 class Refs(NamedTuple):
     """Buffers: windows [2, S, K, window, W] and groups [NUM_GROUPS, S, K, write, W] in the pages' dtype, shifted
-    f32[S, K, write + window + write, W], in the middle of which a window lies so that any shift of it is inside.
+    f32[S, K, W / LANES, write + window + write, LANES], in the middle of which a window lies so that any shift of it is
+    inside.
     """
 
     writes: Any
@@ -94,21 +97,22 @@ def start_reads(refs: Refs, index) -> None:
 
 
 def merge(refs: Refs, it: Item, index) -> None:
-    """Puts the window's rows into the group's slots `low .. high - 1`, shifting them in 32 bits: rows of packed types
-    cannot be moved by an offset that is not known.
+    """Puts the window's rows into the group's slots `low .. high - 1`, shifting them in 32 bits and one line of lanes
+    after the other: rows of packed types or of several lines cannot be moved by an offset that is not known.
     """
     num_kinds, num_heads, size, width = refs.groups.shape[1:]
-    dtype = refs.groups.dtype
-    at = lax.broadcasted_iota(jnp.int32, (size, width), 0)
+    dtype, window_size = refs.groups.dtype, refs.windows.shape[3]
+    at = lax.broadcasted_iota(jnp.int32, (size, LANES), 0)
     written = (at >= it.low) & (at < it.high)
 
     def head(k, _):
-        for s in range(num_kinds):
-            window = refs.windows[lax.rem(index, 2), s, k].astype(jnp.float32)
-            refs.shifted[s, k, pl.ds(size, window.shape[0]), :] = window
-            new = refs.shifted[s, k, pl.ds(size + it.shift, size), :]
-            old = refs.groups[lax.rem(index, NUM_GROUPS), s, k]
-            refs.groups[lax.rem(index, NUM_GROUPS), s, k] = select(written, new.astype(dtype), old)
+        for s, line in itertools.product(range(num_kinds), range(width // LANES)):
+            lanes = slice(line * LANES, (line + 1) * LANES)
+            window = refs.windows[lax.rem(index, 2), s, k, :, lanes].astype(jnp.float32)
+            refs.shifted[s, k, line, pl.ds(size, window_size), :] = window
+            new = refs.shifted[s, k, line, pl.ds(size + it.shift, size), :]
+            old = refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes]
+            refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes] = select(written, new.astype(dtype), old)
 
     lax.fori_loop(0, num_heads, head, None)
 
@@ -162,7 +166,7 @@ def write(
             scratch_shapes=[
                 pltpu.VMEM((2, num_kinds, num_heads, window, width), dtype),
                 pltpu.VMEM((NUM_GROUPS, num_kinds, num_heads, size, width), dtype),
-                pltpu.VMEM((num_kinds, num_heads, 2 * size + window, width), jnp.float32),
+                pltpu.VMEM((num_kinds, num_heads, width // LANES, 2 * size + window, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((NUM_GROUPS,)),
                 pltpu.SemaphoreType.DMA((NUM_GROUPS,)),

@@ -67,12 +67,10 @@ def prefill_candidates(key: Key, platform: str) -> list[Blocks]:
     """On a TPU: units of fewer and of more rows, with and without masks, closer and farther apart."""
     if platform != "tpu":
         return []
-    ways = itertools.product(((64, 3), (64, 2), (128, 2)), ((256, 64, 3), (512, 64, 3)))
-    return [
-        {"fetch": 512, "compute": 512, "chunk": 16, "at_once": 32, "rows": rows, "lead": lead,
-         "masked": masked, "masked_rows": masked_rows, "masked_lead": masked_lead}
-        for (rows, lead), (masked, masked_rows, masked_lead) in ways
-    ]  # fmt: skip
+    plain = ({"rows": 64, "lead": 3}, {"rows": 64, "lead": 2}, {"rows": 128, "lead": 2})
+    masked = ({"masked": 256, "masked_lead": 3, "chunk": 16}, {"masked": 512, "masked_lead": 2, "chunk": 32})
+    shared = {"fetch": 512, "compute": 512, "masked_rows": 64, "at_once": 16}
+    return [shared | one | other for one, other in itertools.product(plain, masked)]
 
 
 def prefill_call(key: Key, blocks: Blocks) -> Call:
