@@ -36,6 +36,7 @@ PROGRAMS = [
     {"page_size": 64, "q_len": 5, "num_rows": 16},
     {"page_size": 64, "q_len": 256, "num_rows": 2, "max_context": 4096},
     {"page_size": 16, "q_len": 256, "num_rows": 2, "max_context": 4096, "kv_dtype": "int8", **EVERYTHING},
+    {"page_size": 32, "q_len": 256, "num_rows": 2, "max_context": 4096, "head_dim": 256, "kv_dtype": "float8_e4m3fn"},
 ]
 """Decode, verification (k + 1 = 5 queries a row) and prefill, over head widths, page sizes, page dtypes and options."""
 
@@ -107,10 +108,9 @@ def test_temporaries_are_of_the_size_of_queries_and_not_of_pages(found):
         assert each.memory is not None and each.memory.temporaries <= 8 * queries + (2 << 20), each.arguments
 
 
-def test_hot_loops_of_short_rows_hardly_spill(found):
-    """Rows of many queries are held to the same limit by bench_tpu_static, which shows how far off they are."""
+def test_hot_loops_hardly_spill(found):
     for each in found:
-        loops = [loop for loop in each.loops if loop.kernel.startswith(OURS) and each.arguments.get("q_len", 1) <= 5]
+        loops = [loop for loop in each.loops if loop.kernel.startswith(OURS)]
         assert [loop for loop in loops if loop.loop_spilling > MAX_SPILLING] == [], each.arguments
     assert any(loop.kernel.startswith(OURS) for each in found for loop in each.loops)
 

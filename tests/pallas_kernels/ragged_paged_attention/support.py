@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.ragged_paged_attention import kv_pages_shape, ragged_paged_attention, reference
 from pallas_kernels.ragged_paged_attention.cases import AttentionCase, AttentionInputs
@@ -13,6 +14,8 @@ from pallas_kernels.ragged_paged_attention.cases import AttentionCase, Attention
 # that is 0.2 %, probabilities by as much before the second matmul; float32 sums of a few hundred products stay near
 # 1e-6.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
+SMOKE = dict.fromkeys(("kernel_mixed_everything_int8_head_128", "kernel_verify_bfloat16_head_64"), pytest.mark.smoke)
+"""Of the cases that an interpreter runs, those that the next jax has to pass too."""
 
 
 def options_of(case: AttentionCase, inputs: AttentionInputs) -> dict:

@@ -1,5 +1,5 @@
 """The TPU kernels for rows with more than one query, called directly with small blocks, so that a few hundred tokens
-cross many of them. Interpreted, races are errors; the suite's cases run in `test_cases`.
+cross many of them. Interpreted, races are errors; the suite's cases run in `test_cases_on_tpu`.
 """
 
 from dataclasses import replace
