@@ -86,7 +86,7 @@ def heads_of(model: str, count: int) -> dict[str, Any]:
 
 
 def pages_of(form: str) -> tuple[dict[str, Any], ...]:
-    """Prefill takes ten times as long to compile as all else, and its loop does not follow from the pages' size."""
+    """Prefill takes longest to compile, and its loop does not follow from the pages' size."""
     return tuple(each for each in MODEL_PAGES if form != "prefill" or each["page_size"] != 128)
 
 
