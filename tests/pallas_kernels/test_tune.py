@@ -15,7 +15,7 @@ from pallas_kernels.ragged_paged_attention import gpu, gpu_blocks, gpu_units, tp
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
-from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import prefill_blocks
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import default_units, prefill_blocks, prefill_key
 from pallas_kernels.tune import __main__ as tool
 from pallas_kernels.tune import timing
 from pallas_kernels.tune.calls import Call
@@ -131,6 +131,19 @@ def test_the_kernel_takes_what_was_tuned_for_the_call(entry: Entry):
     )  # fmt: skip
     assert found == DecodeBlocks(**entry.blocks)
     assert entry.provenance.split()[1] in ("predicted", "measured")
+
+
+def test_prefill_reads_its_file_for_tiles_and_has_a_rule_for_the_rest(monkeypatch):
+    spec = AttentionSpec(32, 8, 128, 16, device=Device("tpu", "TPU v5 lite"))
+    rule, wide = prefill_blocks(spec), prefill_blocks(replace(spec, device=V6E))
+    assert (rule.rows, wide.rows) == (64, 128), "by the width of the matrix unit"
+    assert prefill_blocks(replace(spec, head_dim=256)).rows == 32
+    blocks = default_units(spec.device, 128) | {"rows": 16}
+    key = prefill_key(32, 8, 128, "bfloat16", 16)
+    monkeypatch.setattr(tuning, "read", lambda name: (Entry(spec.device.kind, key, blocks),) * (name == PREFILL.name))
+    assert prefill_blocks(spec) == replace(rule, rows=16)
+    assert prefill_blocks(replace(spec, kv_dtype="int8")).rows == 64, "another dtype is a miss"
+    assert prefill_blocks(replace(spec, max_q_len=5)).rows == 64, "rows of a few queries are no tiles"
 
 
 @pytest.mark.parametrize("entry", tuning.read(PREFILL.name), ids=lambda entry: f"{entry.device} {dict(entry.key)}")
