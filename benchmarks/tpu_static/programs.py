@@ -31,6 +31,9 @@ VMEM_LIMIT = 100 << 20
 SCALE = 0.03
 # Of the matmuls' stacks.
 NUM_LAYERS = 4
+# Of the pages at least: XLA puts smaller arrays into the VMEM of a v6e (128 MiB), and then a page comes by loads and
+# stores, as it never would from a server's pool.
+POOL_BYTES = 512 << 20
 
 
 def count_programs(target_name: str, programs: list[dict[str, Any]], dump_folder: str) -> list[dict[str, Any]]:
@@ -104,7 +107,7 @@ def jax_attention(mesh: jax.sharding.Mesh, pages: int, queries: int, **fields: A
         in_jax.ragged_paged_attention, sm_scale=shape.head_dim**-0.5, num_kv_pages_per_block=pages,
         num_queries_per_block=queries, vmem_limit_bytes=VMEM_LIMIT, **scales,
     )  # fmt: skip
-    kv = (shape.rows * pages_a_row, shape.page_size, 2 * shape.num_kv_heads, shape.head_dim)
+    kv = (pool_pages(shape), shape.page_size, 2 * shape.num_kv_heads, shape.head_dim)
     known = (
         np.full(shape.rows, shape.context, np.int32),
         np.arange(shape.rows * pages_a_row, dtype=np.int32).reshape(shape.rows, pages_a_row),
@@ -123,7 +126,7 @@ def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
     """
     shape = AttentionShape(**fields)
     pages_a_row, tokens = shape.context // shape.page_size, shape.rows * shape.q_len
-    pages = attention.kv_pages_shape(1, shape.rows * pages_a_row, shape.page_size, shape.num_kv_heads, shape.head_dim,
+    pages = attention.kv_pages_shape(1, pool_pages(shape), shape.page_size, shape.num_kv_heads, shape.head_dim,
                                      shape.kv_dtype, implementation="tpu")  # fmt: skip
     classes = [shape.rows * (shape.q_len == 1), shape.rows * (shape.q_len == 1), shape.rows]
     known = (
@@ -159,6 +162,12 @@ def our_attention(mesh: jax.sharding.Mesh, **fields: Any) -> Built:
         work = jax.eval_shape(schedule, *lengths)
     program = Program("ours", layer, (*arrays, _shape((), "int32"), *lengths, *scales, work), donated=(3,))
     return program, [(call.name, call.known()) for call in calls]
+
+
+def pool_pages(shape: AttentionShape) -> int:
+    """As many as the rows need, and POOL_BYTES at least."""
+    page_bytes = shape.kv_bytes * shape.page_size // (shape.rows * shape.context)
+    return max(shape.rows * shape.context // shape.page_size, POOL_BYTES // page_bytes)
 
 
 def matmul(mesh: jax.sharding.Mesh, implementation: str, **fields: Any) -> Built:

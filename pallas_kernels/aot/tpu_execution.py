@@ -152,9 +152,18 @@ class _Block:
     run: Callable[[_Machine, dict[str, Any]], int]
 
 
+def _without_cookies(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Before they begin, the two cores of a v5p compare a number: it comes from the other core (`vpop.ccrf`) through a
+    vector register, and only a halt depends on it. 0 stands for it.
+    """
+    found = re.findall(r"%(\w+) = vpop\.ccrf", "\n".join(texts))
+    pushed = {name for text in texts for name, vector in re.findall(r"%(\w+) = vpush %(\w+)", text) if vector in found}
+    return tuple(re.sub(r"spop %(\w+)", lambda m: "smov 0" if m[1] in pushed else m[0], text) for text in texts)
+
+
 def _blocks(schedule: Schedule) -> dict[int, _Block]:
     """By first bundle. A block ends with a branch's delay slots, or where another branch lands."""
-    texts = schedule.texts
+    texts = _without_cookies(schedule.texts)
     behind = {branch.index + schedule.delay_slots + 1: branch for branch in schedule.branches}
     starts = sorted({0, *behind, *(branch.target for branch in schedule.branches)} - {len(texts)})
     for branch in schedule.branches:

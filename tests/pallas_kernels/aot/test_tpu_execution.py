@@ -144,6 +144,12 @@ def test_dmas_count_bytes_and_fill_scalar_memory():
     assert (execution.counts[8], execution.bytes_in, execution.bytes_out) == (0, 0, 16 * 32)
 
 
+def test_what_the_other_core_says_is_zero():
+    bodies = (" : { %v1_v0 = vpop.ccrf }", " : { %7 = vpush %v1_v0 }", " : { %s1_s1 = spop %7 }",
+              " : { %p1_p0 = scmp.eq.s32.totalorder %s1_s1, 0 }")  # fmt: skip
+    assert tpu_execution.execute(program(*bodies, *SKIPS_ONE), {}).counts == (1, 1, 1, 1, 1, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("bodies", "complaint"),
     [
