@@ -228,7 +228,9 @@ def attention_block(layer: Params, index, window, x: jax.Array, kv_pages: jax.Ar
 def mlp_block(layer: Params, x: jax.Array, step: Step) -> jax.Array:
     """Gated feed-forward (Shazeer 2020, arXiv:2002.05202) of `x` [T, D]. Second all-reduce of the layer."""
     gate = ACTIVATIONS[step.config.activation](project(x, layer["gate"]))
-    return project(gate * project(x, layer["up"]), layer["down"], step.axis)
+    # Without the barrier XLA:TPU computes activation and product again for every block of the down projection: of a
+    # layer of 8B with 2,048 tokens on a v6e 7.7 % of the bundles (libtpu 0.0.48, predicted).
+    return project(lax.optimization_barrier(gate * project(x, layer["up"])), layer["down"], step.axis)
 
 
 def project(x: jax.Array, projection: Params, reduce_over: str | None = None) -> jax.Array:

@@ -25,10 +25,14 @@ def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, j
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the heads of `x` [T, N, H] by tables f32[T, H / 2], pairing the first half of H with the second
     (Hugging Face's order).
+
+    Heads are outermost meanwhile, as the product that makes them has them in its tiles and as attention wants them on
+    TPUs: else XLA turns 8 x 128 tiles of tokens into tiles of heads and back (of a layer of 8B with 2,048 tokens on a
+    v6e 5.4 % of the bundles; libtpu 0.0.48, predicted). Elsewhere it is the same loop.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second = jnp.split(jnp.swapaxes(x, 0, 1).astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.swapaxes(rotated.astype(x.dtype), 0, 1)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_position: int) -> tuple[np.ndarray, float]:

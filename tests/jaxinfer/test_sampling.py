@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxinfer import sampling
 from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplerForm
+from pallas_kernels.dispatch import Device
 
 VOCAB = 13
 ROWS = 4
@@ -143,6 +144,16 @@ def test_scores_are_raw_log_softmax():
     np.testing.assert_array_equal(scores.top_ids, order[:, :MAX_LOGPROBS])
     np.testing.assert_allclose(scores.top_logprobs, np.sort(exact, axis=1)[:, ::-1][:, :MAX_LOGPROBS], atol=1e-5)
     np.testing.assert_array_equal(scores.rank, 1 + (exact > exact[np.arange(ROWS), chosen][:, None]).sum(1))
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 19, 64])
+def test_on_tpus_the_likeliest_are_found_a_few_rows_at_a_time(num_rows, monkeypatch):
+    logits = np.random.default_rng(num_rows).integers(0, 50, (num_rows, 300)).astype(np.float32)  # many are equal
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :20]
+    monkeypatch.setattr(sampling, "current_device", lambda: Device("tpu", "TPU v5 lite"))
+    largest, ids = sampling.likeliest(jnp.asarray(logits), 20)
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(largest, np.take_along_axis(logits, order, axis=1))
 
 
 @given(hnp.arrays(np.float32, 32, elements=st.floats(width=32, allow_nan=False)))
