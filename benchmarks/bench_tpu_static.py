@@ -47,9 +47,12 @@ class Comparison:
 
     @property
     def share_of_bandwidth(self) -> float:
-        """Ideal time over the longer of bundles and bytes: what neither waits nor arithmetic takes from the peak."""
-        ideal = self.shape.ideal_bytes / self.chip.hbm_bytes_per_cycle
-        return ideal / max(self.ours.bundles, self.ours.bytes_moved / self.chip.hbm_bytes_per_cycle)
+        """Ideal time over the longer of bundles and bytes: what neither waits nor arithmetic takes from the peak. Bytes
+        are at least the ideal ones: those counted are of one core, a v5p has two.
+        """
+        ideal = self.shape.ideal_bytes
+        longest = max(self.ours.bundles * self.chip.hbm_bytes_per_cycle, self.ours.bytes_moved, ideal)
+        return ideal / longest
 
     @property
     def share_of_matrix_peak(self) -> float:

@@ -5,6 +5,7 @@ that are not written keep their bytes. A group of which all slots are written is
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
 )
 
 NUM_GROUPS = 3  # one being read ahead, one being merged, one being written
+# Of groups of few slots some heads are merged together: what one waits for, others fill.
+HEADS_AT_ONCE, SHORT = 4, 32
 
 
 class Refs(NamedTuple):
@@ -104,17 +107,21 @@ def merge(refs: Refs, it: Item, index) -> None:
     dtype, window_size = refs.groups.dtype, refs.windows.shape[3]
     at = lax.broadcasted_iota(jnp.int32, (size, LANES), 0)
     written = (at >= it.low) & (at < it.high)
+    at_once = math.gcd(num_heads, HEADS_AT_ONCE if size <= SHORT else 1)
+    parts = list(itertools.product(range(at_once), range(num_kinds), range(width // LANES)))
 
-    def head(k, _):
-        for s, line in itertools.product(range(num_kinds), range(width // LANES)):
-            lanes = slice(line * LANES, (line + 1) * LANES)
+    def heads(i, _):
+        for j, s, line in parts:
+            k, lanes = i * at_once + j, slice(line * LANES, (line + 1) * LANES)
             window = refs.windows[lax.rem(index, 2), s, k, :, lanes].astype(jnp.float32)
             refs.shifted[s, k, line, pl.ds(size, window_size), :] = window
+        for j, s, line in parts:
+            k, lanes = i * at_once + j, slice(line * LANES, (line + 1) * LANES)
             new = refs.shifted[s, k, line, pl.ds(size + it.shift, size), :]
             old = refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes]
             refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes] = select(written, new.astype(dtype), old)
 
-    lax.fori_loop(0, num_heads, head, None)
+    lax.fori_loop(0, num_heads // at_once, heads, None)
 
 
 def select(condition, new, old):

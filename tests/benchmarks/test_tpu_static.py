@@ -48,6 +48,7 @@ def test_share_of_bandwidth_is_bound_by_the_longer_of_bundles_and_bytes():
     cycles = ideal / CHIP.hbm_bytes_per_cycle
     assert comparison(ours=1, bytes_moved=2 * ideal).share_of_bandwidth == pytest.approx(0.5)
     assert comparison(ours=int(4 * cycles), bytes_moved=ideal).share_of_bandwidth == pytest.approx(0.25, rel=1e-3)
+    assert comparison(ours=1, bytes_moved=ideal // 2).share_of_bandwidth == 1, "the other core moves the other half"
 
 
 def test_results_are_the_worst_of_the_shapes():
