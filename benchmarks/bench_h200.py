@@ -18,7 +18,7 @@ import jax
 
 from benchmarks.h200 import isolation, marks, parts
 from benchmarks.report import Result, exit_code, report
-from pallas_kernels.ragged_paged_attention.gpu import HOPPER
+from pallas_kernels.devices import HOPPER
 
 ROUNDS, QUICK_ROUNDS = 15, 2
 SECONDS = 450

@@ -3,14 +3,15 @@
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.cache_folder import ENTRIES, cache_folder, problem_with
-from jaxinfer.errors import JaxInferError
+from jaxinfer.errors import InvalidConfig, JaxInferError
 from jaxinfer.start_options import QUANTIZATIONS, Options
 
 DISTRIBUTIONS = (
@@ -141,7 +142,7 @@ def would_run(model: str, options: Mapping[str, Any], warnings: list[str]) -> li
 
     Without `quantization` both kinds of int8 matmul are shown, for a row or two and for many.
     """
-    from jaxinfer import implementations, loading
+    from jaxinfer import implementations, loading, sharding
     from jaxinfer.params import default_layer_loop
     from jaxinfer.quantization import WEIGHT_FORMATS
     from jaxinfer.startup import KV_DTYPES, choose_dtype
@@ -149,19 +150,44 @@ def would_run(model: str, options: Mapping[str, Any], warnings: list[str]) -> li
     try:
         chosen = Options(model=model, **options)
         chosen.validate()
+        warnings += refused(lambda: sharding.make_mesh(chosen.tensor_parallel_size))
         folder = loading.model_folder(model)
         config, dtype = loading.read_config(folder), choose_dtype(chosen.dtype, folder)
         quantization = loading.served_quantization(folder, chosen.quantization)
         operations: dict[str, Any] = {}
         for name in QUANTIZATIONS if quantization is None else (quantization,):
-            found = implementations.explained(implementations.Served(
+            served = implementations.Served(
                 config, dtype, KV_DTYPES.get(chosen.kv_cache_dtype, dtype), chosen.page_size, WEIGHT_FORMATS[name],
-                chosen.tensor_parallel_size, SHOWN_ROWS, default_layer_loop() == "scanned"))
+                chosen.tensor_parallel_size, SHOWN_ROWS, default_layer_loop() == "scanned")
+            found = implementations.explained(served)
+            warnings += [why for why in refused_names(chosen, served) if why not in warnings]
             operations |= {key.replace("int8 matmul", f"{name} matmul"): verdicts for key, verdicts in found.items()}
     except (JaxInferError, OSError) as error:
         warnings.append(f"cannot tell what would run for {model}: {error}")
         return []
     return [(f"{name}: {one.implementation}", outcome(one)) for name, all in operations.items() for one in all]
+
+
+def refused(check: Callable[[], Any]) -> list[str]:
+    """What a start would be refused for, if it is for this."""
+    try:
+        check()
+    except InvalidConfig as error:
+        return [f"would not start: {error}"]
+    return []
+
+
+def refused_names(chosen: Options, served: Any) -> list[str]:
+    """Of implementations that are forced and cannot serve the model."""
+    from jaxinfer import implementations
+    from pallas_kernels import int8_matmul, ragged_paged_attention
+
+    calls = implementations.attention_calls(served)
+    found = refused(lambda: implementations.forced("attention", ragged_paged_attention, calls, chosen.attention))
+    for rows in SHOWN_ROWS if chosen.int8_matmul and served.weight_format else ():
+        products = implementations.matmul_calls(served, rows)
+        found += refused(partial(implementations.forced, "int8_matmul", int8_matmul, products, chosen.int8_matmul))
+    return found
 
 
 def outcome(verdict: Any) -> str:

@@ -63,7 +63,7 @@ def matmul_calls(served: Served, num_rows: int) -> dict[str, int8_matmul.Int8Mat
             outs, ins = (size // cut for size, cut in zip(spec.shape, cuts, strict=True))
             calls[name] = int8_matmul.Int8MatmulSpec(
                 num_rows, ins, outs, served.weight_format == "int8_dynamic", served.dtype,
-                stacked=served.stacked, device=served.device or current_device(),
+                stacked=served.stacked, device=served.device or current_device(), traced=True,
             )  # fmt: skip
     return calls
 

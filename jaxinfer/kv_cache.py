@@ -92,6 +92,7 @@ def attention_spec(
         max_q_len=max_q_len,
         scales=is_scaled(kv_dtype),
         device=device or current_device(),
+        traced=True,
     )
 
 

@@ -63,7 +63,9 @@ ENGINE_OPTIONS = (
 
 DOCTOR_OPTIONS = tuple(
     option for option in ENGINE_OPTIONS
-    if option.name in ("dtype", "quantization", "kv_cache_dtype", "page_size", "tensor_parallel_size")
+    if option.name in (
+        "dtype", "quantization", "kv_cache_dtype", "page_size", "tensor_parallel_size", "attention", "int8_matmul"
+    )
 )  # fmt: skip
 """What the choice of implementations depends on."""
 

@@ -39,6 +39,11 @@ def no_reasons(spec: Any) -> list[str]:
     return []
 
 
+def host_reasons(traced: bool) -> list[str]:
+    """For implementations in NumPy."""
+    return ["computes with concrete arrays on the host, not inside a compiled program"] if traced else []
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One line of `explain`: an implementation, whether it is the choice, and why not if it cannot serve or yields."""
@@ -51,11 +56,12 @@ class Verdict:
 class Unsupported(Exception):
     """No implementation (or not the named one) can serve a call. `reasons` maps each name to all of its reasons."""
 
-    def __init__(self, operation: str, reasons: Mapping[str, Sequence[str]]):
+    def __init__(self, operation: str, reasons: Mapping[str, Sequence[str]], named: str | None = None):
         self.operation = operation
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"  {name}: {'; '.join(why) or 'only by name'}" for name, why in self.reasons.items()]
-        super().__init__("\n".join([f"{operation}: no implementation can serve this call", *lines]))
+        who = "no implementation can" if named is None else f"{named} cannot"
+        super().__init__("\n".join([f"{operation}: {who} serve this call", *lines]))
 
 
 def choose[Implementation: Candidate](
@@ -80,7 +86,7 @@ def choose[Implementation: Candidate](
         reasons[candidate.name] = candidate.unsupported_reasons(spec) or reasons_to_yield(candidate, spec, named)
         if not reasons[candidate.name]:
             return candidate
-    raise Unsupported(operation, reasons)
+    raise Unsupported(operation, reasons, implementation)
 
 
 def reasons_to_yield(candidate: Candidate, spec: Any, named: bool) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels import dispatch
 from pallas_kernels.int8_matmul import gpu, reference, tpu, xla
@@ -77,7 +78,7 @@ def int8_matmul(
     leading = x.shape[:-1]
     num_rows = math.prod(leading)
     spec = Int8MatmulSpec(num_rows, in_features, out_features, quantize_activations, x.dtype, interpret=bool(interpret),
-                          stacked=stacked)  # fmt: skip
+                          stacked=stacked, traced=isinstance(x, Tracer))  # fmt: skip
     chosen = dispatch.choose(OPERATION, IMPLEMENTATIONS, spec, implementation)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if not num_rows:

@@ -21,7 +21,7 @@ SMALLEST_MAXIMUM = 1e-30
 class Int8MatmulSpec:
     """The static facts of a call. num_rows: all leading axes of x together; D and F of one shard.
 
-    stacked: the weight is a stack of all layers with a layer index. dtype: of x.
+    stacked: the weight is a stack of all layers with a layer index. dtype: of x. traced: inside a compiled program.
     """
 
     num_rows: int
@@ -32,6 +32,7 @@ class Int8MatmulSpec:
     device: Device = field(default_factory=current_device)
     interpret: bool = False
     stacked: bool = False
+    traced: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
+from pallas_kernels.devices import hopper_reasons
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul.contract import (
     SMALLEST_MAXIMUM,
@@ -335,12 +336,7 @@ def choose_tiling(
 
 
 def unsupported_reasons(spec: Int8MatmulSpec) -> list[str]:
-    reasons = common_reasons(spec)
-    device = spec.device
-    if not spec.interpret and device.platform != "gpu":
-        reasons.append(f"runs on GPUs, this is {device.platform}")
-    elif not spec.interpret and not any(name in device.kind for name in ("H100", "H200", "H20", "GH200")):
-        reasons.append(f"multiplies with Hopper's warpgroup instructions, this is {device.kind}")
+    reasons = common_reasons(spec) + hopper_reasons(spec.device, spec.interpret)
     if jnp.dtype(spec.dtype).name not in (("bfloat16", "float32") if spec.quantize_activations else ("bfloat16",)):
         served = "bfloat16 and float32" if spec.quantize_activations else "bfloat16"
         reasons.append(f"x has dtype {jnp.dtype(spec.dtype).name}, served are {served} in this form")

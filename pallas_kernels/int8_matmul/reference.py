@@ -5,10 +5,12 @@ Slow, needs concrete arrays and is never chosen unless named.
 
 import numpy as np
 
+from pallas_kernels.dispatch import host_reasons
 from pallas_kernels.int8_matmul.contract import (
     SMALLEST_MAXIMUM,
     Array,
     Int8MatmulImplementation,
+    Int8MatmulSpec,
     common_reasons,
 )
 
@@ -32,4 +34,8 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(x * (np.float32(127) / largest)).astype(np.int8), largest * np.float32(1 / 127)
 
 
-IMPLEMENTATION = Int8MatmulImplementation("reference", False, common_reasons, matmul)
+def unsupported_reasons(spec: Int8MatmulSpec) -> list[str]:
+    return common_reasons(spec) + host_reasons(spec.traced)
+
+
+IMPLEMENTATION = Int8MatmulImplementation("reference", False, unsupported_reasons, matmul)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
+from pallas_kernels.devices import INT8_MATRIX_UNIT, TWO_CORES, tpu_reasons
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.int8_matmul.contract import (
     SMALLEST_MAXIMUM,
@@ -36,9 +37,6 @@ OVERLAPPED_FEATURES = 1024
 BLOCKS_BYTES = 40 * 2**20
 VMEM_BYTES = 56 * 2**20
 # One device of these kinds is two cores, each of which runs its share of a parallel grid axis.
-TWO_CORES = ("TPU v5", "TPU v5p")
-INT8_MATRIX_UNIT = ("TPU v5 lite", "TPU v5e", *TWO_CORES, "TPU v6 lite", "TPU v6e")
-KINDS = (*INT8_MATRIX_UNIT, "TPU7x", "TPU7")
 
 
 @dataclass(frozen=True)
@@ -224,12 +222,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def unsupported_reasons(spec: Int8MatmulSpec) -> list[str]:
-    reasons = common_reasons(spec)
-    device = spec.device
-    if not spec.interpret and device.platform != "tpu":
-        reasons.append(f"runs on TPUs, this is {device.platform}")
-    elif not spec.interpret and device.kind not in KINDS:
-        reasons.append(f"compiled for {', '.join(KINDS)} only, this is {device.kind}")
+    reasons = common_reasons(spec) + tpu_reasons(spec.device, spec.interpret)
     served = ("bfloat16", "float32") if spec.quantize_activations else ("bfloat16",)
     if jnp.dtype(spec.dtype).name not in served:
         reasons.append(f"x has dtype {jnp.dtype(spec.dtype).name}, served are {' and '.join(served)} in this form")

@@ -10,6 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from jax.core import Tracer
+
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.ragged_paged_attention.contract import Array, AttentionImplementation, AttentionSpec
@@ -119,6 +121,7 @@ def ragged_paged_attention(
         scales=k_scale is not None or v_scale is not None,
         kv_pages_shape=tuple(kv_pages.shape),
         interpret=bool(interpret),
+        traced=isinstance(queries, Tracer),
     )
     chosen = choose_for_pages(spec, implementation)
     return chosen.attend(

@@ -26,6 +26,7 @@ class AttentionSpec:
       kv_pages_shape: where the pages exist already; an implementation refuses another's layout.
       device: what the call is compiled for.
       interpret: run by Pallas' interpreter, on any device.
+      traced: inside a compiled program.
     """
 
     num_q_heads: int
@@ -41,6 +42,7 @@ class AttentionSpec:
     kv_pages_shape: tuple[int, ...] | None = None
     device: Device = field(default_factory=current_device)
     interpret: bool = False
+    traced: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Rows with few queries go to `gpu_decode`, all others to `gpu_prefill`. Pages are
 keys and values are written in place by the kernels themselves.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import register_dataclass
 
-from pallas_kernels.dispatch import Device
+from pallas_kernels.devices import hopper_reasons
 from pallas_kernels.ragged_paged_attention import (
     gpu_blocks,
     gpu_decode,
@@ -33,8 +32,6 @@ from pallas_kernels.ragged_paged_attention.page_dtypes import SCALED, to_page_dt
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 PAGE_DTYPES = ("bfloat16", *SCALED)
-# Compute capability 9.0 in NVIDIA's list of CUDA GPUs, as drivers name the cards ("NVIDIA H100 80GB HBM3").
-HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
 @register_dataclass
@@ -51,17 +48,8 @@ class Schedule:
     many: gpu_prefill_schedule.PrefillSchedule | None
 
 
-def device_reasons(device: Device, interpret: bool) -> list[str]:
-    """wgmma and TMA as the kernels use them exist on compute capability 9.0 alone; the device's kind tells it."""
-    if interpret or (device.platform == "gpu" and HOPPER.search(device.kind)):
-        return []
-    if device.platform != "gpu":
-        return [f"runs on Hopper GPUs (sm_90a), this is {device.platform}"]
-    return [f"Hopper only (sm_90a), this is {device.kind}"]
-
-
 def unsupported_reasons(spec: AttentionSpec) -> list[str]:
-    reasons = common_reasons(spec) + device_reasons(spec.device, spec.interpret)
+    reasons = common_reasons(spec) + hopper_reasons(spec.device, spec.interpret)
     if jnp.dtype(spec.dtype) != jnp.bfloat16:
         reasons.append(f"dtype {jnp.dtype(spec.dtype).name} is not bfloat16 (float32 would be rounded to it by wgmma)")
     if jnp.dtype(spec.kv_dtype).name not in PAGE_DTYPES:

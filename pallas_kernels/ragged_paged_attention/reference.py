@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.dispatch import host_reasons
 from pallas_kernels.ragged_paged_attention.contract import (
     Array,
     AttentionImplementation,
@@ -26,7 +27,7 @@ def kv_pages_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim, dty
 
 
 def unsupported_reasons(spec: AttentionSpec) -> list[str]:
-    return common_reasons(spec)
+    return common_reasons(spec) + host_reasons(spec.traced)
 
 
 def make_schedule(*args, **kwargs) -> None:

@@ -11,6 +11,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
+from pallas_kernels.devices import tpu_reasons
 from pallas_kernels.dispatch import Device
 from pallas_kernels.ragged_paged_attention.contract import (
     AttentionImplementation,
@@ -43,9 +44,7 @@ def kv_pages_shape(num_layers, num_pages, page_size, num_kv_heads, head_dim, dty
 
 
 def unsupported_reasons(spec: AttentionSpec) -> list[str]:
-    reasons = common_reasons(spec)
-    if spec.device.platform != "tpu" and not spec.interpret:
-        reasons.append(f"runs on TPUs, this is {spec.device.platform}")
+    reasons = common_reasons(spec) + tpu_reasons(spec.device, spec.interpret)
     for name, value, known in (
         ("dtype", jnp.dtype(spec.dtype).name, DTYPES),
         ("kv_dtype", jnp.dtype(spec.kv_dtype).name, DTYPES + SCALED),

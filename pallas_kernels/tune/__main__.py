@@ -33,7 +33,10 @@ def main(arguments: list[str]) -> int:
     """0 when every class has a winner."""
     options = parser().parse_args(arguments)
     operation = OPERATIONS[options.operation]
-    keys = matching(operation.classes, dict(wanted(text) for text in options.shapes))
+    try:
+        keys = matching(operation.classes, dict(wanted(text) for text in options.shapes))
+    except ValueError as error:
+        raise SystemExit(f"--shapes: {error}") from error
     found = 0
     for entry in tuned(operation, keys, options.target):  # written as they come: all of them take long
         tuning.merge(options.folder / f"{operation.name}.json", [entry], WRITTEN)

@@ -39,11 +39,15 @@ def matmul_classes() -> tuple[Key, ...]:
 
 
 def matmul_candidates(key: Key, platform: str) -> list[Blocks]:
-    """On a TPU: blocks of 1024 to 128 features, small ones last: the wait for the first block is not predicted."""
+    """On a TPU: blocks of 1024 to 128 features, small ones last: the wait for the first block is not predicted.
+    None where neither kernel runs.
+    """
     if platform == "tpu":
         rows = (512, 1024) if int(key["rows"]) > 512 else (512,)
         sizes = (int(key["in_features"]) << features for features in range(10, 6, -1))
         return [asdict(matmul_tpu.Blocks(most, size)) for most, size in itertools.product(rows, sizes)]
+    if platform != "gpu":
+        return []
     few = [matmul_gpu.Blocks(rows=64, warpgroups=1, slots=slots) for slots in (6, 8, 12)]
     many = [matmul_gpu.Blocks(rows, 2, slots) for rows, slots in itertools.product((128, 256), (3, 4, 6))]
     return [asdict(blocks) for blocks in (few if int(key["rows"]) <= 64 else many)]

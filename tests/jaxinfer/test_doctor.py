@@ -59,7 +59,7 @@ def test_the_report(model_folder, tmp_path, monkeypatch):
     assert findings.as_dict()["devices"]
     run = findings.as_dict()[f"what would run ({model_folder})"]
     assert run["int8 matmul, 64 rows: xla"] == run["int8_weight_only matmul, 1 rows: xla"] == "chosen"
-    assert run["attention, verification: reference"] == "only by name"
+    assert run["attention, verification: reference"].startswith("computes with concrete arrays on the host")
 
 
 def test_options_change_what_would_run(model_folder, capsys, monkeypatch):
@@ -70,6 +70,20 @@ def test_options_change_what_would_run(model_folder, capsys, monkeypatch):
     assert not any(name.startswith("int8_weight_only") for name in run)
     assert cli.main([*words, "--kv-cache-dtype", "fp7"]) == 1
     assert "'fp7' is not one of auto" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--tensor-parallel-size", "64"], "would not start: tensor_parallel_size: must be 1 to "),
+        (["--attention", "reference"], "would not start: attention: reference cannot serve this model"),
+        (["--quantization", "int8", "--int8-matmul", "cublas"], "would not start: int8_matmul: "),
+    ],
+)
+def test_what_a_start_would_refuse_is_a_warning(words, problem, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("JAXINFER_COMPILE_CACHE", "off")
+    assert cli.main(["doctor", str(model_folder), "--json", *words]) == 1
+    assert [warning for warning in json.loads(capsys.readouterr().out)["warnings"] if problem in warning]
 
 
 @pytest.fixture

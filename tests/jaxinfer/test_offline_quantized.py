@@ -77,6 +77,10 @@ REFUSED = {
         {"int8_matmul": "tpu", "quantization": "int8"}, r"^int8_matmul: tpu cannot.*\n  tpu: runs on .* \(for down .*"
     ),
     "an attention of another device": ({"attention": "tpu"}, r"^attention: .*\n  tpu: runs on TPUs, this is cpu; .*"),
+    "an attention on the host": ({"attention": "reference"}, r"^attention: .*\n  reference: computes .* on the host"),
+    "a matmul on the host": (
+        {"int8_matmul": "reference", "quantization": "int8"}, r"^int8_matmul: reference cannot.*\n  reference: computes"
+    ),
     "an attention that does not exist": ({"attention": "flash"}, r"^attention: .*'flash' is not one of"),
 }  # fmt: skip
 

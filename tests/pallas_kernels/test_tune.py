@@ -107,11 +107,18 @@ def test_a_new_file_says_what_it_was_written_by(tmp_path):
     assert json.loads((tmp_path / "operation.json").read_text())["written"] == tool.WRITTEN
 
 
-def test_without_a_device_or_a_target_the_tool_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_without_a_device_or_a_target_the_tool_says_what_to_do(name, tmp_path):
     if jax.default_backend() != "cpu":
         pytest.skip("a device is here")
     with pytest.raises(SystemExit, match="--target"):
-        tool.main(["--operation", DECODE.name, "--folder", str(tmp_path)])
+        tool.main(["--operation", name, "--folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize("shapes", ["page_siz=16", "heads=9x9", "page_size"])
+def test_shapes_that_no_class_has_are_named(shapes, tmp_path):
+    with pytest.raises(SystemExit, match=f"--shapes.*{shapes.partition('=')[2] or shapes}"):
+        tool.main(["--operation", DECODE.name, "--folder", str(tmp_path), "--shapes", shapes])
 
 
 # What the kernel makes of the file.
