@@ -29,6 +29,8 @@ SHOWN_TARGETS = ("v5p:1", "tpu7x:1")
 HALF_IDLE = ("v6e", "tpu7x")
 """Their matrix units sum over 256 numbers and give 256 columns; in attention heads of 128 fill half of either."""
 PAGE_SIZES = (16, 128)
+LEAST_BYTES = 0.9
+"""Of the ideal bytes: of queries and outputs some may lie in VMEM when a kernel starts."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Comparison:
     @property
     def share_of_bandwidth(self) -> float:
         """Ideal time over the longer of bundles and bytes: what neither waits nor arithmetic takes from the peak. Bytes
-        are at least the ideal ones: those counted are of one core, a v5p has two.
+        are at least the ideal ones: those counted are of one core, and a v5p has two (`compare` sees to it that none
+        is lost).
         """
         ideal = self.shape.ideal_bytes
         longest = max(self.ours.bundles * self.chip.hbm_bytes_per_cycle, self.ours.bytes_moved, ideal)
@@ -114,6 +117,9 @@ def compare(shape: AttentionShape, group: Group, found: Sequence[Count | str]) -
     if shape.flops > ours.bundles * chip.flops_per_cycle("bfloat16") * chip.num_cores:
         raise RuntimeError(f"{group.target_name}: ours for {shape} cannot take {ours.bundles} bundles, less than its "
                            "products alone: a kernel was executed with operands that are not its own")  # fmt: skip
+    if ours.bytes_moved * chip.num_cores < LEAST_BYTES * shape.ideal_bytes:
+        raise RuntimeError(f"{group.target_name}: ours for {shape} moved {ours.bytes_moved} bytes, fewer than it must: "
+                           "a copy was not counted")  # fmt: skip
     tried = [(count, (program["pages"] * shape.page_size, program["queries"]))
              for program, count in zip(group.programs[1:], peers, strict=True) if isinstance(count, Count)]  # fmt: skip
     peer, block = min(tried, key=lambda each: each[0].bundles, default=(None, None))

@@ -53,13 +53,13 @@ def compile_case(model: str, target_name: str, quantization: str | None, every: 
     began = time.perf_counter()
     budget = int(where.chip.hbm_bytes * options.gpu_memory_utilization)
     try:
-        plan = startup.plan_within(budget, options, decoder, params, length, on_cpu=False)
+        with jax.set_mesh(mesh):  # what is chosen by the device in use is chosen for this one
+            plan = startup.plan_within(budget, options, decoder, params, length, on_cpu=False)
     except OutOfMemory as error:
         return {"error": str(error), "weights": memory.weight_bytes(params), "budget": budget}
     planned = time.perf_counter() - began
     signature = startup.abstract_signature(decoder, params, startup.engine_config(options, length, plan.num_pages))
-    with jax.set_mesh(mesh):  # what is chosen by the device in use is chosen for this one
-        found = compile_programs(signature, every)
+    found = compile_programs(signature, mesh, every)
     return {
         "plan": dataclasses.asdict(plan),
         "plan_seconds": planned,
@@ -75,7 +75,7 @@ def mesh_of(where: Target) -> Mesh:
     return Mesh(np.array(where.devices()).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def compile_programs(signature: programs.Signature, every: bool) -> dict[str, Any]:
+def compile_programs(signature: programs.Signature, mesh: Mesh, every: bool) -> dict[str, Any]:
     """Compiles what the engine declares, and the verification step, as a start does; reads what came out."""
     declared = programs.declare(signature)
     declared = declared if every else largest(declared)
@@ -86,7 +86,8 @@ def compile_programs(signature: programs.Signature, every: bool) -> dict[str, An
             for key, program in declared.items()
         }
     began, cpu, tracing = time.perf_counter(), cpu_seconds(), time.thread_time()
-    compiled = programs.compile_all(declared, workers=min(8, os.cpu_count() or 1), progress=lambda name: None)
+    with jax.set_mesh(mesh):
+        compiled = programs.compile_all(declared, workers=min(8, os.cpu_count() or 1), progress=lambda name: None)
     seconds, cpu, tracing = time.perf_counter() - began, cpu_seconds() - cpu, time.thread_time() - tracing
     compiled[VERIFY] = verify_program(signature).compile()
     names = {key: program.name for key, program in declared.items()} | {VERIFY: f"verify {ROWS} rows of {DRAFTED + 1}"}

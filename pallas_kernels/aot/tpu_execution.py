@@ -164,10 +164,10 @@ def _without_cookies(texts: tuple[str, ...]) -> tuple[str, ...]:
 def _blocks(schedule: Schedule) -> dict[int, _Block]:
     """By first bundle. A block ends with a branch's delay slots, or where another branch lands."""
     texts = _without_cookies(schedule.texts)
-    behind = {branch.index + schedule.delay_slots + 1: branch for branch in schedule.branches}
+    behind = {branch.last + 1: branch for branch in schedule.branches}
     starts = sorted({0, *behind, *(branch.target for branch in schedule.branches)} - {len(texts)})
     for branch in schedule.branches:
-        inside = [start for start in starts if branch.index < start <= branch.index + schedule.delay_slots]
+        inside = [start for start in starts if branch.index < start <= branch.last]
         if inside or sum(other.index == branch.index for other in schedule.branches) > 1:
             raise UnknownFormat(
                 f"{schedule.kernel}: a second branch at bundle {branch.index:#x} or into its delay slots"

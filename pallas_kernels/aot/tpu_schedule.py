@@ -21,12 +21,14 @@ from typing import Literal
 DUMP_NAME = re.compile(r"^(?P<time>\d+)-(?P<kernel>.+)-\d+-final_bundles\.txt$")
 BUNDLE = re.compile(r"^[ \t]*(?:0x)?([0-9a-f]+)[ \t]+(?:[A-Z]{2})?[ \t]*:[ >\t]*\{", re.MULTILINE)
 STARTED = re.compile(r"Start(?:/End empty)? region (\d+)")
+ENDED = re.compile(r"(?<!/)End region (\d+)")
 EXIT = "/* exit bundle"
 COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 BRANCH = re.compile(r"sbr\.\w+ (?:\((?P<negated>!?)%(?P<predicate>\w+)\) )?target = \$region(?P<region>\d+)")
 SPILL, FILL, MATRIX, VECTOR, LOAD, STORE = "VSTORE:SPILL", "VLOAD:FILL", "MXU", "VALU", "VLOAD", "VSTORE"
-# Bundles that run behind a branch whether it is taken or not.
-DELAY_SLOTS = {"v5e": 4, "v6e": 4, "v5p": 4, "tpu7x": 1}
+# Bundles that run behind a branch whether it is taken or not; None: each branch has its own (`delay_slots_end`).
+DELAY_SLOTS = {"v5e": 4, "v6e": 4, "v5p": 4, "tpu7x": None}
+MOST_DELAY_SLOTS = 6
 
 
 class UnknownFormat(Exception):
@@ -35,9 +37,12 @@ class UnknownFormat(Exception):
 
 @dataclass(frozen=True)
 class Branch:
-    """A conditional jump at bundle `index` to bundle `target`, taken when the predicate is not `negated`."""
+    """A conditional jump at bundle `index` to bundle `target`, taken when the predicate is not `negated`; `last` is its
+    last delay slot.
+    """
 
     index: int
+    last: int
     target: int
     predicate: str | None
     negated: bool
@@ -95,7 +100,6 @@ class Schedule:
     utilization: tuple[dict[str, int], ...]
     branches: tuple[Branch, ...]
     root: Region
-    delay_slots: int
 
     @property
     def hot_loop(self) -> Region:
@@ -126,7 +130,7 @@ def collect(folder: Path | str, chip: str) -> list[Schedule]:
     return [read(path, match["kernel"], DELAY_SLOTS[chip]) for match, path in wanted]
 
 
-def read(path: Path, kernel: str, delay_slots: int) -> Schedule:
+def read(path: Path, kernel: str, delay_slots: int | None) -> Schedule:
     """The schedule in a `*-final_bundles.txt`, with the utilisation that lies beside it."""
     stem = re.sub(r"\d+-final_bundles\.txt$", "", path.name)
     beside = [p for p in path.parent.iterdir() if p.name.startswith(stem) and "final_hlo-static-per-bundle" in p.name]
@@ -135,15 +139,15 @@ def read(path: Path, kernel: str, delay_slots: int) -> Schedule:
     return parse(kernel, path.read_text(), beside[0].read_text(), delay_slots)
 
 
-def parse(kernel: str, bundles_text: str, utilization_text: str, delay_slots: int) -> Schedule:
-    """Raises UnknownFormat."""
+def parse(kernel: str, bundles_text: str, utilization_text: str, delay_slots: int | None) -> Schedule:
+    """delay_slots: see DELAY_SLOTS. Raises UnknownFormat."""
     capacity, utilization = parse_utilization(utilization_text)
     texts = bundle_texts(bundles_text)
     if len(texts) != len(utilization):
         raise UnknownFormat(f"{kernel}: {len(texts)} bundles, but utilisation of {len(utilization)}")
-    branches = find_branches(texts)
-    root = nest(branches, utilization, delay_slots)
-    return Schedule(kernel, tuple(texts), capacity, utilization, branches, root, delay_slots)
+    branches = find_branches(texts, delay_slots)
+    root = nest(branches, utilization)
+    return Schedule(kernel, tuple(texts), capacity, utilization, branches, root)
 
 
 def bundle_texts(text: str) -> list[str]:
@@ -171,7 +175,7 @@ def parse_utilization(text: str) -> tuple[dict[str, int], tuple[dict[str, int], 
     return table[0], tuple(table[1:])
 
 
-def find_branches(texts: list[str]) -> tuple[Branch, ...]:
+def find_branches(texts: list[str], delay_slots: int | None) -> tuple[Branch, ...]:
     """Every jump, its region resolved to the bundle where a comment starts that region."""
     starts: dict[int, int] = {}
     for index, text in enumerate(texts):
@@ -185,19 +189,38 @@ def find_branches(texts: list[str]) -> tuple[Branch, ...]:
                 starts[region] = len(texts) - 1  # the second core of a v5p leaves at once
             if region not in starts:
                 raise UnknownFormat(f"bundle {index:#x} branches to region {region}, which starts nowhere")
-            branches.append(Branch(index, starts[region], match["predicate"], bool(match["negated"])))
+            last = delay_slots_end(texts, index, region, starts) if delay_slots is None else index + delay_slots
+            branches.append(Branch(index, last, starts[region], match["predicate"], bool(match["negated"])))
     return tuple(branches)
 
 
-def nest(branches: tuple[Branch, ...], utilization: tuple[dict[str, int], ...], delay_slots: int) -> Region:
+def delay_slots_end(texts: list[str], index: int, target: int, starts: dict[int, int]) -> int:
+    """The last delay slot of a tpu7x's branch at `index`: 1 to MOST_DELAY_SLOTS were seen; dumps do not say how many.
+
+    A loop's are all bundles up to the next region. A branch forward has one, and more where what stands before it ends
+    behind it: a region other than the one that is skipped, which is numbered just before the target.
+    """
+    behind = range(index + 1, len(texts))
+    next_region = next((after for after in behind if STARTED.search(texts[after])), len(texts))
+    if starts[target] <= index:
+        return next_region - 1
+    ends = [
+        after
+        for after in range(index + 1, min(next_region, index + 1 + MOST_DELAY_SLOTS))
+        for ended in [{int(region) for region in ENDED.findall(texts[after])}]
+        if target - 1 not in ended and any(starts.get(region, index + 1) <= index for region in ended)
+    ]
+    return max([index + 1, *ends])
+
+
+def nest(branches: tuple[Branch, ...], utilization: tuple[dict[str, int], ...]) -> Region:
     """The tree of loops (branches back) and of what branches forward skip."""
     found: list[tuple[int, int, Literal["loop", "branch"]]] = []
     for branch in branches:
-        behind = branch.index + delay_slots
         if branch.target <= branch.index:
-            found.append((branch.target, behind, "loop"))
-        elif branch.target > behind + 1:
-            found.append((behind + 1, branch.target - 1, "branch"))
+            found.append((branch.target, branch.last, "loop"))
+        elif branch.target > branch.last + 1:
+            found.append((branch.last + 1, branch.target - 1, "branch"))
     found.sort(key=lambda span: (span[0], -span[1]))
     return _region("kernel", 0, len(utilization) - 1, found, utilization)
 

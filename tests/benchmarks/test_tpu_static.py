@@ -80,7 +80,8 @@ def test_of_prefill_whole_prompts_have_floors_and_pieces_are_shown():
 def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
     shape = AttentionShape(32, 1, 1024)
     group = Group("v6e:1", shape.title, tuple(bench.contenders("v6e:1", shape)))
-    found = [count(500_000), "does not fit", *(count(900_000 - i) for i in range(len(group.programs) - 2))]
+    moved = shape.ideal_bytes
+    found = [count(500_000, moved), "does not fit", *(count(900_000 - i) for i in range(len(group.programs) - 2))]
     best = bench.compare(shape, group, found)
     assert best is not None and best.peer == found[-1] and best.ratio == 500_000 / found[-1].bundles
     assert best.blocks == (group.programs[-1]["pages"] * 16, group.programs[-1]["queries"])
@@ -88,6 +89,8 @@ def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
         bench.compare(shape, group, ["VMEM", *found[1:]])
     with pytest.raises(RuntimeError, match="less than its products"):
         bench.compare(shape, group, [count(500), *found[1:]])
+    with pytest.raises(RuntimeError, match="a copy was not counted"):
+        bench.compare(shape, group, [count(500_000, moved * 3 // 4), *found[1:]])
     assert bench.compare(shape, group, ["Unsupported: H", *found[1:]]) is None
 
 

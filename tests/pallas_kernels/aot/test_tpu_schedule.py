@@ -125,3 +125,14 @@ def test_a_dump_written_now_reads_like_the_recorded_one(tmp_path):
     (now,) = tpu_schedule.collect(tmp_path, "v5e")
     assert now.kernel.startswith("nested")
     assert shape(now.root) == shape(recorded("v5e").root)
+
+
+@pytest.mark.parametrize(("ended", "last"), [("End region 1", 3), ("End region 8", 2), ("", 2)])
+def test_a_tpu7x_branch_has_the_delay_slots_that_what_stands_before_it_needs(ended, last):
+    """Behind the branch: a bundle of region 1, which began before it, or the first of what is skipped (region 8)."""
+    texts = bundles(" : { %1 = a } /* Start region 1 :: Start region 8 */",
+                    " : { %2 = sbr.rel (%p1_p0) target = $region9 }", " : {}", f" : {{ %3 = b }} /* {ended} */",
+                    " : { %4 = c } /* Start region 5 */", " : { %5 = d } /* Start/End empty region 9 */")  # fmt: skip
+    schedule = tpu_schedule.parse("kernel", texts, used(*["0 0 0 0 0 0 0 0"] * 6), delay_slots=None)
+    assert schedule.branches[0].last == last
+    assert [(part.first, part.last) for part in schedule.root.regions] == [(last + 1, 4)]
