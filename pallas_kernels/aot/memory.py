@@ -75,6 +75,12 @@ def array_bytes(dtype: str, dims: str) -> int:
     return math.ceil(elements * ELEMENT_BYTES.get(dtype, 1))
 
 
+def num_elements(shape: str) -> int:
+    """Of the first array of an HLO shape."""
+    array = ARRAY.search(shape)
+    return math.prod(int(size) for size in (array["dims"] if array else "").split(",") if size)
+
+
 def _is_prefetch(shape: str) -> bool:
     """Whether the first array of a shape, the one written, lies in memory space 1, which is VMEM."""
     return "S(1)" in shape.removeprefix("(").partition("}")[0]

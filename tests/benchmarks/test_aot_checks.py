@@ -1,9 +1,15 @@
 """The checks of `make aot` find what they are there for; the compilers themselves are not needed."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from benchmarks.aot import steps
 from benchmarks.aot.cases import CASES, Case
 from benchmarks.aot.checks import complaints, table
 
@@ -74,3 +80,18 @@ def test_where_memory_is_missing_only_the_error_passes():
 
 def test_every_case_has_a_name_of_its_own():
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_a_copy_of_a_weight_is_one_but_where_the_residual_stream_has_its_size():
+    """An 8B model's keys' weight, and 1,024 tokens."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    weight, pages = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+        for shape in ((2, 4096, 1024), (2, 64, 2, 8, 16, 128))
+    )
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=4096), dtype=jnp.bfloat16)
+    signature: Any = SimpleNamespace(params={"k": weight}, state=SimpleNamespace(kv_pages=pages), model=model)
+    k, stack = ("bf16", (1024, 4096)), ("bf16", (2, 1024, 4096))
+    for key, guarded in ((("prefill", 1024), False), (("prefill", 512), True), (("decode", 64), True)):
+        found = steps.protected(signature, key)
+        assert (k in found) == guarded and stack in found

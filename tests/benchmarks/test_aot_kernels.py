@@ -73,6 +73,16 @@ def test_a_bad_call_is_named(found, words):
     assert table([found]).splitlines()[-1].endswith("| 1 |")
 
 
+def test_queries_in_float32_may_be_as_large_as_the_pages_of_a_layer():
+    """By their elements: the same bytes in another shape are a copy of pages."""
+    num_tokens, num_heads, width = ATTENTION.arguments["num_rows"], ATTENTION.arguments["num_q_heads"], 128
+    queries = replace(copied(GUARDED), shape=f"f32[{num_tokens},{num_heads},{width}]{{2,0,1:T(8,128)}}")
+    assert complaints(changed(GOOD, copies=(queries,))) == []
+    other = replace(queries, shape=f"f32[{num_tokens},{num_heads},{2 * width}]")
+    assert len(complaints(changed(GOOD, copies=(queries, other)))) == 1
+
+
+
 def test_a_matmul_may_spill_as_much_as_xlas_dot_and_no_more():
     spilling = Found(DOT, Measured({}, memory=MEMORY, loops=(loop("int8_matmul", 0.52),)))
     assert len(complaints(spilling)) == 1
