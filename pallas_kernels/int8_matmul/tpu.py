@@ -6,6 +6,7 @@ first block of features, into a scratch that all others reuse. Weights stream th
 Sums of many rows pass through VMEM between the matrix unit's passes; beside them there is room for those moves.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from pallas_kernels.int8_matmul.contract import (
 LAST_WITH_LAST = (((1,), (1,)), ((), ()))
 LANES = 128
 # int8 tiles are 32 rows high.
-QUANTIZED_ROWS = 32
+QUANTIZED_ROWS, QUANTIZED_COLUMNS = 32, 1024
 # Products of so many features take longer than quantising the rows, which then costs little beside them: 512 rows of
 # 4096 on a v6e 5,450 bundles, one after the other 2,500 + 4,250. It is twice the code and compiles as much longer; with
 # blocks of 512 features of a v5e it would save less than 1 %.
@@ -177,17 +178,25 @@ def find_scales(x_ref, x_scale_ref, factor_ref) -> None:
 def quantize(x_ref, factor_ref, quantized_ref, beside: bool) -> None:
     """beside: in one stretch of code with the product that follows, so that the compiler orders both together."""
 
-    def rows_of(rows) -> None:
-        factor = jnp.concatenate([factor_ref[rows, :]] * (x_ref.shape[1] // LANES), axis=1)
-        quotients = x_ref[rows, :].astype(jnp.float32) * factor
-        # By way of int32 the compiler rounds in one addition; straight to int8 it would saturate first.
-        quantized_ref[rows, :] = jnp.rint(quotients).astype(jnp.int32).astype(jnp.int8)
+    num_rows, width = x_ref.shape
 
-    group = min(QUANTIZED_ROWS, x_ref.shape[0])
+    def part(rows, columns, num_columns: int) -> None:
+        factor = jnp.concatenate([factor_ref[rows, :]] * (num_columns // LANES), axis=1)
+        quotients = x_ref[rows, columns].astype(jnp.float32) * factor
+        # By way of int32 the compiler rounds in one addition; straight to int8 it would saturate first.
+        quantized_ref[rows, columns] = jnp.rint(quotients).astype(jnp.int32).astype(jnp.int8)
+
+    def each(size: int, total: int):
+        return lambda body: pl.loop(0, total // size)(lambda i: body(pl.ds(pl.multiple_of(i * size, size), size)))
+
     if beside:
-        rows_of(slice(None))
+        part(slice(None), slice(None), width)
+    elif num_rows > QUANTIZED_ROWS:
+        each(QUANTIZED_ROWS, num_rows)(lambda rows: part(rows, slice(None), width))
     else:
-        pl.loop(0, x_ref.shape[0] // group)(lambda i: rows_of(pl.ds(pl.multiple_of(i * group, group), group)))
+        # One group of rows is no loop: whole rows would be one stretch of code with the product, and 32 of them spill.
+        size = math.gcd(width, QUANTIZED_COLUMNS)
+        each(size, width)(lambda columns: part(slice(None), columns, size))
 
 
 def scale_of_layer(layer_ref, scale_ref) -> Array:
