@@ -1,5 +1,6 @@
 """What is measured on the card, with floors and goals: the one place, for the run and for the table without a card."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -68,9 +69,9 @@ def is_shared(load: Load) -> bool:
 def marks() -> Sequence[Mark]:
     """All of them, in the order of the run."""
     found: list[Mark] = []
-    for loads in decode_loads().values():
-        found += [mark for load in loads for mark in (share_of_decode(load), speedup_of_decode(load))
-                  if is_shared(load) or mark.unit]  # fmt: skip
+    for load in itertools.chain(*decode_loads().values()):
+        found += [share_of_decode(load)] if is_shared(load) else []
+        found.append(speedup_of_decode(load))
     found += [SPEEDUP_OF_PREFILL, SPEEDUP_OF_INT8]
     found += [share_of_int8(rows, form) for rows in SMALL_ROWS for form in FORMS]
     return [*found, *(share_of_step(rows) for rows in STEP_ROWS)]
