@@ -56,8 +56,8 @@ def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: Sa
     greedy = rows.temperature == 0.0
     scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
     filtered = jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
-    # Without the barrier XLA:TPU unrolls noise, filter and reductions together: three times the code, to compile in every
-    # program, that issues the same number of bundles (64 rows of 128,256 on a v6e 33,044 and 10,644; libtpu 0.0.48).
+    # Without the barrier XLA:TPU unrolls noise, filter and reductions together: for 64 rows of 128,256 on a v6e 33,044
+    # bundles of code instead of 10,644, to compile in every program, that issue as many (libtpu 0.0.48).
     noise = jax.lax.optimization_barrier(gumbel(rows.key, positions, logits.shape[-1]))
     noisy = filtered + jnp.where(greedy[:, None], 0.0, noise)
     return first_largest(noisy)
