@@ -4,7 +4,7 @@ import re
 
 from pallas_kernels.dispatch import Device
 
-# Their chips are one device of two cores.
+# One device of these kinds is two cores, each of which runs its share of a parallel grid axis.
 TWO_CORES = ("TPU v5", "TPU v5p")
 INT8_MATRIX_UNIT = ("TPU v5 lite", "TPU v5e", *TWO_CORES, "TPU v6 lite", "TPU v6e")
 TPUS = (*INT8_MATRIX_UNIT, "TPU7x", "TPU7")

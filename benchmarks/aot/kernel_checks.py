@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks.aot.kernels import KernelProgram
 from pallas_kernels.aot import ptxas
 from pallas_kernels.aot.measure import LoopFigures, Measured
-from pallas_kernels.aot.memory import Copy, num_elements
+from pallas_kernels.aot.memory import Copy, dimensions
 from pallas_kernels.aot.programs import OPERATIONS
 from pallas_kernels.tune.choosing import MOST_SPILLING
 
@@ -95,12 +95,12 @@ def complaints(found: Found) -> list[str]:
 
 def guarded_copies(found: Found) -> list[Copy]:
     """Of what nothing may copy, by its size. Queries and outputs in float32, where pages have one byte, may be as large
-    as a layer's pages: they are known by their elements.
+    as a layer's pages: they are known by their dimensions.
     """
     made = OPERATIONS[found.program.operation](**found.program.arguments)
-    own = math.prod(made.arguments[0].shape) if made.donated else None
+    own = sorted(made.arguments[0].shape) if made.donated else None
     least = Sizes.of(found.program).guarded
-    return [copy for copy in found.measured.copies if copy.num_bytes >= least and num_elements(copy.shape) != own]
+    return [copy for copy in found.measured.copies if copy.num_bytes >= least and sorted(dimensions(copy.shape)) != own]
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def compile_programs(signature: programs.Signature, mesh: Mesh, every: bool) -> 
         "cpu_seconds": cpu,
         "tracing_seconds": tracing,
         "programs": [
-            figures(name, compiled[key], key not in stateless, signature, protected(signature, key))
+            figures(name, compiled[key], key not in stateless, signature, stream_of(signature, key))
             for key, name in names.items()
         ],
         "decode": decode_figures(compiled[COUNTED], signature),
@@ -148,9 +148,9 @@ def figures(
     compiled: jax.stages.Compiled,
     donates: bool,
     signature: programs.Signature,
-    uncopied: set[tuple[str, tuple[int, ...]]],
+    stream: tuple[int, ...] | None,
 ) -> dict[str, Any]:
-    """Bytes on one device, and copies of whole weights or pages (`protected`)."""
+    """Bytes on one device, and copies of whole weights or pages. stream: see `stream_of`."""
     stats = compiled.memory_analysis()
     if stats is None:
         raise RuntimeError(f"{name}: the compiler gives no memory analysis")
@@ -162,7 +162,7 @@ def figures(
         "temporaries": stats.temp_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "allowed": allowed_temporaries(name, signature),
-        "copies": traffic.copies(module, uncopied),
+        "copies": traffic.copies(module, protected(signature), stream),
     }
 
 
@@ -178,18 +178,24 @@ def allowed_temporaries(name: str, signature: programs.Signature) -> int:
     return layer + 2 * 4 * signature.batcher.prefill[-1].num_tokens * config.intermediate_size // shards
 
 
-def protected(signature: programs.Signature, key: programs.Key) -> set[tuple[str, tuple[int, ...]]]:
-    """What no step may copy: every weight of two dimensions or more, alone or stacked, and the pages. The residual
-    stream of 1,024 tokens has the size of an 8B model's keys' weight: in that program such a copy says nothing.
+def stream_of(signature: programs.Signature, key: programs.Key) -> tuple[int, ...] | None:
+    """Dimensions of a prefill program's residual stream: of 1,024 tokens it is an 8B model's keys' weight, turned. None
+    where it would be a weight's own.
     """
+    model: Any = signature.model
+    stream = (key[1], model.config.hidden_size) if key[0] == "prefill" else None
+    shapes = {leaf.sharding.shard_shape(leaf.shape)[-2:] for leaf in jax.tree.leaves(signature.params)}
+    return None if stream in shapes else stream
+
+
+def protected(signature: programs.Signature) -> set[tuple[str, tuple[int, ...]]]:
+    """What no step may copy: every weight of two dimensions or more, alone or stacked, and the pages."""
     found = set()
     for leaf in [*jax.tree.leaves(signature.params), signature.state.kv_pages]:
         shape = leaf.sharding.shard_shape(leaf.shape)
         shapes = [shape, shape[1:]] if len(shape) > 2 else [shape]
         found |= {traffic.signature(HLO_DTYPES[leaf.dtype.name], each) for each in shapes if np.prod(each) >= 1 << 20}
-    model: Any = signature.model
-    stream = (key[1], model.config.hidden_size) if key[0] == "prefill" else ()
-    return found - {traffic.signature(HLO_DTYPES[jnp.dtype(model.dtype).name], stream)}
+    return found
 
 
 def decode_figures(compiled: jax.stages.Compiled, signature: programs.Signature) -> dict[str, Any]:

@@ -182,14 +182,19 @@ def written_by(body: Computation, name: str, results: tuple[Array, ...], module:
     return sum(result.hbm_bytes for result in results)
 
 
-def copies(module: Module, weights: set[tuple[str, tuple[int, ...]]]) -> list[str]:
+def copies(
+    module: Module, weights: set[tuple[str, tuple[int, ...]]], stream: tuple[int, ...] | None = None
+) -> list[str]:
     """Instructions that carry a whole weight, or all pages, to another place in main memory.
 
     weights: dtype in HLO's name and sorted dimensions above 1, of every array that must not be copied.
+    stream: dimensions of the residual stream, which may be copied as it is (its size may be a weight's, turned).
     """
     found = []
     for _, instruction, _ in running(module):
         if not is_move(instruction, module):
+            continue
+        if instruction.opcode in ("copy", "copy-start") and instruction.arrays[0].dims == stream:
             continue
         written = [array for array in instruction.arrays[:1] if not array.space]
         found += [instruction.name for array in written if signature(array.dtype, array.dims) in weights]

@@ -75,10 +75,10 @@ def array_bytes(dtype: str, dims: str) -> int:
     return math.ceil(elements * ELEMENT_BYTES.get(dtype, 1))
 
 
-def num_elements(shape: str) -> int:
+def dimensions(shape: str) -> tuple[int, ...]:
     """Of the first array of an HLO shape."""
     array = ARRAY.search(shape)
-    return math.prod(int(size) for size in (array["dims"] if array else "").split(",") if size)
+    return tuple(int(size) for size in (array["dims"] if array else "").split(",") if size)
 
 
 def _is_prefetch(shape: str) -> bool:

@@ -37,7 +37,6 @@ OVERLAPPED_FEATURES = 1024
 # Of the smallest VMEM of the served chips (64 MiB, TPU7x); what is left is the compiler's own for sums and spills.
 BLOCKS_BYTES = 40 * 2**20
 VMEM_BYTES = 56 * 2**20
-# One device of these kinds is two cores, each of which runs its share of a parallel grid axis.
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,14 @@ def test_every_case_has_a_name_of_its_own():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_a_copy_of_a_weight_is_one_but_where_the_residual_stream_has_its_size():
-    """An 8B model's keys' weight, and 1,024 tokens."""
+def test_the_residual_stream_may_have_the_size_of_a_weight_but_never_its_dimensions():
+    """An 8B model's keys' weight, and 1,024 tokens; a weight that has those very dimensions stays guarded."""
     sharding = SingleDeviceSharding(jax.devices()[0])
-    weight, pages = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
-        for shape in ((2, 4096, 1024), (2, 64, 2, 8, 16, 128))
-    )
-    model = SimpleNamespace(config=SimpleNamespace(hidden_size=4096), dtype=jnp.bfloat16)
-    signature: Any = SimpleNamespace(params={"k": weight}, state=SimpleNamespace(kv_pages=pages), model=model)
-    k, stack = ("bf16", (1024, 4096)), ("bf16", (2, 1024, 4096))
-    for key, guarded in ((("prefill", 1024), False), (("prefill", 512), True), (("decode", 64), True)):
-        found = steps.protected(signature, key)
-        assert (k in found) == guarded and stack in found
+
+    def signature(*weight: int) -> Any:
+        params = {"k": jax.ShapeDtypeStruct(weight, jnp.bfloat16, sharding=sharding)}
+        return SimpleNamespace(params=params, model=SimpleNamespace(config=SimpleNamespace(hidden_size=4096)))
+
+    assert steps.stream_of(signature(2, 4096, 1024), ("prefill", 1024)) == (1024, 4096)
+    assert steps.stream_of(signature(2, 1024, 4096), ("prefill", 1024)) is None
+    assert steps.stream_of(signature(2, 4096, 1024), ("decode", 64)) is None

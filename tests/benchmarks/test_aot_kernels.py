@@ -74,11 +74,11 @@ def test_a_bad_call_is_named(found, words):
 
 
 def test_queries_in_float32_may_be_as_large_as_the_pages_of_a_layer():
-    """By their elements: the same bytes in another shape are a copy of pages."""
+    """By their dimensions: as many elements in another shape are a copy of pages."""
     num_tokens, num_heads, width = ATTENTION.arguments["num_rows"], ATTENTION.arguments["num_q_heads"], 128
     queries = replace(copied(GUARDED), shape=f"f32[{num_tokens},{num_heads},{width}]{{2,0,1:T(8,128)}}")
     assert complaints(changed(GOOD, copies=(queries,))) == []
-    other = replace(queries, shape=f"f32[{num_tokens},{num_heads},{2 * width}]")
+    other = replace(queries, shape=f"f32[{num_tokens * num_heads},{width}]")
     assert len(complaints(changed(GOOD, copies=(queries, other)))) == 1
 
 

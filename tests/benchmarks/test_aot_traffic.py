@@ -65,6 +65,20 @@ def test_copies_of_weights_are_found(old, new, found):
     assert traffic.copies(hlo.parse(LOOP.replace(old, new, 1)), PROTECTED) == found
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("%turned = bf16[256,128]{1,0:T(8,128)(2,1)} copy(%e.2)", []),
+        ("%turned = bf16[256,128]{1,0:T(8,128)(2,1)} transpose(%e.2), dimensions={1,0}", ["turned"]),
+        ("%own = bf16[128,256]{0,1:T(8,128)(2,1)} copy(%e.2)", ["own"]),
+    ],
+)
+def test_the_residual_stream_may_be_copied_as_it_is_and_a_weight_not_even_turned(line, found):
+    module = hlo.parse(LOOP.replace("%zero =", f"{line}\n  %zero =", 1))
+    assert traffic.copies(module, {("bf16", (128, 256))}, stream=(256, 128)) == found
+
+
+
 def test_kernels_count_by_the_callers_formula():
     call = '%call = bf16[64,256]{1,0:T(8,128)(2,1)} custom-call(%e.3), custom_call_target="kernel"\n  %zero ='
     module = hlo.parse(LOOP.replace("%zero =", call, 1))

@@ -22,7 +22,9 @@ LIMITED = {
     "batching": ["share of the device limit", "tokens/s over one row's", "tokens/s over static batches'"],
     "host": ["64 rows", "256 rows"],
     "prefix": ["time to first token, no cache / cache", "tokens/s, cache / no cache"],
-    "quality": ["int8 weights, activations and pages: over bfloat16"],
+    "quality": ["int8 weights: over bfloat16", "int8 weights and activations: over bfloat16",
+                "int8 pages: over bfloat16", "fp8 pages: over bfloat16",
+                "int8 weights, activations and pages: over bfloat16"],
     "start": ["jaxinfer --help", "warm over cold, to the first token"],
 }
 """Bench to its results that have a floor."""

@@ -59,22 +59,18 @@ def test_results_are_the_worst_of_the_shapes():
 
 
 def test_when_ours_serves_nothing_every_floor_is_missed():
-    for results in (bench.decode_results("v6e:1", "int8", []), bench.prefill_results("v5e:1", [])):
-        assert all(math.isnan(result.value) for result in results)
-        assert [result.name for result in results if result.reaches(result.floor)] == [
-            result.name for result in results if "pieces" in result.name
-        ]
+    for results in (bench.decode_results("v6e:1", "int8", []), bench.prefill_results("v6e:1", [])):
+        assert all(math.isnan(result.value) and not result.reaches(result.floor) for result in results)
 
 
-def test_of_prefill_whole_prompts_have_floors_and_pieces_are_shown():
-    whole, piece = (
+def test_whole_prompts_and_pieces_are_held_to_the_floor_apart():
+    found = [
         bench.Comparison(AttentionShape(1, 512, context, 16), CHIP, count(1000), count(peer), (512, 2))
         for context, peer in ((512, 2000), (4096, 1000))
-    )
-    for name, share_has_floor in (("v5e:1", True), ("v6e:1", False)):
-        ratio, pieces, share, _ = bench.prefill_results(name, [whole, piece])
-        assert (ratio.value, ratio.floor, pieces.value, pieces.floor) == (0.5, 0.8, 1.0, None)
-        assert (share.floor is not None) == share_has_floor
+    ]
+    whole, pieces, *_ = bench.prefill_results("v6e:1", found)
+    assert (whole.value, pieces.value) == (0.5, 1.0)
+    assert whole.reaches(whole.floor) and not pieces.reaches(pieces.floor)
 
 
 def test_the_peer_is_taken_at_its_best_block_and_ours_must_compile():
@@ -98,9 +94,7 @@ def test_only_targets_with_floors_have_marks():
     found = [comparison(16), comparison(128)]
     marked, shown = (bench.attention_results(name, found) for name in ("v6e:1", "v5p:1"))
     assert [result.name.partition(" ")[2] for result in marked] == [result.name.partition(" ")[2] for result in shown]
-    without = [result.name for result in marked if result.floor is None]
-    assert all("pieces" in name or "matrix peak" in name for name in without) and len(without) == 2
-    assert all(result.floor is None for result in shown)
+    assert all(result.floor is not None for result in marked) and all(result.floor is None for result in shown)
 
 
 def layer(rows: int, ours: Count, xla: Count) -> list[matmuls.MatmulComparison]:
