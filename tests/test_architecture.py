@@ -56,7 +56,7 @@ FORBIDDEN_IMPORTS = {
 PRIVATE_IMPORTERS = {"tests/pallas_kernels/interpreters.py": "the interpreters publish their race flag nowhere else"}
 
 MAX_FUNCTION, MAX_KERNEL_FUNCTION = 60, 150
-MAX_FILE, MAX_KERNEL_FILE = 400, 600
+MAX_FILE, MAX_KERNEL_FILE = 400, 600  # a kernel's body and the steps it is traced from share refs and geometry
 LENGTH_EXCEPTIONS: dict[str, str] = {}
 """Path or path::function, and the reason."""
 
