@@ -17,8 +17,9 @@ from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor, InFlight
 from jaxinfer.layout import result_width
 from jaxinfer.page_pool import PagePool
-from jaxinfer.programs import APPEND, decode_key, prefill_key
+from jaxinfer.programs import APPEND, SAMPLE, decode_key, prefill_key
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.steps import Unsampled
 from jaxinfer.testing import CountingModel
 from jaxinfer.types import Request, SamplerForm, SamplingParams, StepKind, StepPlan, StepResult
 
@@ -51,8 +52,11 @@ class InstantExecutor(Executor):
         self._programs: dict[Any, Any] = {APPEND: lambda state, new_pages: state}
         shape = (config.max_num_seqs, result_width(SamplerForm.FULL))
         prefill = prepared(rng, shape, stop_chance, None)
+        nothing = jax.device_put(np.zeros(config.max_num_seqs, np.int32))
+        unsampled = Unsampled(nothing, nothing, nothing, nothing, nothing)
+        self._programs[SAMPLE] = lambda params, rows, unsampled: (rows, next(prefill))
         for layout in self._batcher.prefill:
-            self._programs[prefill_key(layout)] = lambda params, state, flat: (state, next(prefill), None)
+            self._programs[prefill_key(layout)] = lambda params, state, flat: (state, unsampled, None)
         for layout in self._batcher.decode:
             shape = (config.max_decode_rounds, layout.num_rows, 1)
             results = {rounds: prepared(rng, shape, stop_chance, rounds) for rounds in {1, config.max_decode_rounds}}

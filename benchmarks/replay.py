@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxinfer import compile_cache
 from jaxinfer.batch import Batcher
-from jaxinfer.executor import Executor, InFlight
-from jaxinfer.layout import PrefillLayout
-from jaxinfer.programs import APPEND, EXTRA_PAGES, Key, compile_all, declare, decode_key, prefill_key
+from jaxinfer.executor import Executor, InFlight, run_prefill
+from jaxinfer.layout import DecodeLayout, PrefillLayout
+from jaxinfer.programs import APPEND, EXTRA_PAGES, SAMPLE, Key, compile_all, declare, decode_key, prefill_key
 from jaxinfer.types import StepKind, StepPlan, StepResult
 
 
@@ -49,6 +49,16 @@ class Recorder:
         self.waited = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """keys: of the programs of a step. layout: None appends pages. samples: whether any row of a prefill step does."""
+
+    keys: tuple[Key, ...]
+    layout: PrefillLayout | DecodeLayout | None
+    inputs: jax.Array
+    samples: bool = False
+
+
 class Replay:
     """Calls the programs of an executor as its plans did.
 
@@ -66,11 +76,11 @@ class Replay:
 
         results: what the plans' own run computed. Raises AssertionError when the replay computes anything else.
         """
-        inputs = [call for plan in plans for call in self._inputs(plan)]
-        self._compile({key for key, _ in inputs})
+        calls = [call for plan in plans for call in self._calls(plan)]
+        self._compile({key for call in calls for key in call.keys})
         self._executor.reset()
         try:
-            seconds, found = self._call([(self._programs[key], array, key == APPEND) for key, array in inputs])
+            seconds, found = self._run(calls)
         finally:
             self._executor.reset()
         if results is not None:
@@ -78,31 +88,35 @@ class Replay:
                 np.testing.assert_array_equal(np.asarray(mine), np.asarray(recorded))
         return seconds
 
-    def _call(self, calls: Sequence[tuple[jax.stages.Compiled, jax.Array, bool]]) -> tuple[float, list[jax.Array]]:
+    def _run(self, calls: Sequence[Call]) -> tuple[float, list[jax.Array]]:
         params, state = self._executor.signature.params, self._executor.signature.state
-        jax.block_until_ready((state, [array for _, array, _ in calls]))
+        jax.block_until_ready((state, [call.inputs for call in calls]))
         results = []
         began = time.perf_counter()
-        for program, array, appends in calls:
-            if appends:
-                state = program(state, array)
+        for call in calls:
+            if call.layout is None:
+                state = self._programs[APPEND](state, call.inputs)
+                continue
+            if isinstance(call.layout, PrefillLayout):
+                state, result, _ = run_prefill(self._programs, call.layout, params, state, call.inputs, call.samples)
             else:
-                state, result, *_ = program(params, state, array)
-                results.append(result)
+                state, result = self._programs[call.keys[0]](params, state, call.inputs)
+            results.append(result)
         jax.block_until_ready((state, results))
         return time.perf_counter() - began, results
 
-    def _inputs(self, plan: StepPlan) -> Iterator[tuple[Key, jax.Array]]:
-        """The keys of a step's programs, and their inputs on the device."""
+    def _calls(self, plan: StepPlan) -> Iterator[Call]:
+        """What a step calls, with its inputs on the device."""
         place = self._executor.signature.replicated
         layout, flat, extra = self._batcher.pack(plan)
         for first in range(0, len(extra), EXTRA_PAGES):
             chunk = np.full((EXTRA_PAGES, 3), self._batcher.no_slot, np.int32)
             part = extra[first:first + EXTRA_PAGES]
             chunk[:len(part)] = part
-            yield APPEND, jax.device_put(chunk, place)
-        key = prefill_key(layout) if isinstance(layout, PrefillLayout) else decode_key(layout, plan.sampler)
-        yield key, jax.device_put(flat, place)
+            yield Call((APPEND,), None, jax.device_put(chunk, place))
+        prefills = isinstance(layout, PrefillLayout)
+        keys = (prefill_key(layout), SAMPLE) if prefills else (decode_key(layout, plan.sampler),)
+        yield Call(keys, layout, jax.device_put(flat, place), any(plan.samples))
 
     def _compile(self, keys: set[Key]) -> None:
         """Makes the programs that are not there yet; the compile cache has them from the engine's start."""

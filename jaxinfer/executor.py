@@ -1,6 +1,6 @@
 """Runs plans on the device: packs, calls the compiled program, reads the one result array back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from jaxinfer.programs import (
     APPEND,
     EXTRA_PAGES,
     LOGITS,
+    SAMPLE,
     SCORE,
+    Key,
     Signature,
     compile_all,
     declare,
@@ -32,7 +34,7 @@ class InFlight:
     """A dispatched step whose results have not been read."""
 
     plan: StepPlan
-    result: jax.Array  # i32[R, W] after prefill, i32[rounds, R, W] after decode
+    result: jax.Array  # i32[R, W] after prefill (i32[R], no tokens, if no row samples), i32[rounds, R, W] after decode
     scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
 
 
@@ -90,8 +92,8 @@ class Executor:
         return InFlight(plan, result, [])
 
     def _prefill(self, plan: StepPlan, layout: PrefillLayout, flat: np.ndarray) -> InFlight:
-        program = self._programs[prefill_key(layout)]
-        self._state, result, hidden = program(self._params, self._state, self._put(flat))
+        self._state, result, hidden = run_prefill(
+            self._programs, layout, self._params, self._state, self._put(flat), any(plan.samples))
         result.copy_to_host_async()
         return InFlight(plan, result, self._score(plan, hidden) if plan.prompt_logprobs else [])
 
@@ -122,6 +124,8 @@ class Executor:
     def read(self, step: InFlight) -> StepResult:
         """Waits for the step and unpacks what it sampled."""
         array = np.asarray(step.result)
+        if not any(step.plan.samples):
+            return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
         form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         tokens = sampled_tokens(table[:, :, 0])
@@ -145,6 +149,18 @@ class Executor:
             part = np.asarray(self._programs[LOGITS](self._params, hidden, self._put(np.asarray(np.int32(start)))))
             parts.append(part[first - start:])
         return np.concatenate(parts)[:count]
+
+
+def run_prefill(programs: Mapping[Key, Any], layout: PrefillLayout, params: Any, state: steps.DeviceState,
+                flat: jax.Array, samples: bool) -> tuple[steps.DeviceState, jax.Array, jax.Array]:
+    """The state, the packed results and the hidden states after a prefill step and, if any of its rows `samples`, the
+    program behind it. Otherwise lengths i32[R] stand in for the results: something to wait for.
+    """
+    state, unsampled, hidden = programs[prefill_key(layout)](params, state, flat)
+    if not samples:
+        return state, unsampled.kv_lens, hidden
+    rows, result = programs[SAMPLE](params, state.rows, unsampled)
+    return state._replace(rows=rows), result, hidden
 
 
 def sampled_tokens(ids: np.ndarray) -> list[list[int]]:

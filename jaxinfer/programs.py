@@ -65,12 +65,12 @@ def decode_key(layout: DecodeLayout, form: SamplerForm) -> Key:
     return ("decode", layout.num_rows, form)
 
 
-APPEND, SCORE, LOGITS = ("append_pages",), ("score",), ("logits",)
+APPEND, SAMPLE, SCORE, LOGITS = ("append_pages",), ("sample",), ("score",), ("logits",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
-    declared = [*_prefill(signature), *_decode(signature), *_scoring(signature), _append(signature)]
+    declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -117,22 +117,28 @@ def _decode(signature: Signature) -> Iterator[tuple[Key, Program]]:
                 out_shardings=(_placements(signature), signature.replicated))
 
 
-def hidden_shape(signature: Signature) -> jax.ShapeDtypeStruct:
-    """Of the hidden states that the largest prefill returns: [T, D]."""
-    layout = signature.batcher.prefill[-1]
-    prefill = partial(steps.prefill_step, signature.model, layout)
-    hidden = jax.eval_shape(prefill, signature.params, signature.state, signature.host_array(layout.size))[2]
-    return jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=signature.replicated)
-
-
-def _scoring(signature: Signature) -> Iterator[tuple[Key, Program]]:
-    hidden, start = hidden_shape(signature), signature.host_array()
+def _after_prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    unsampled, hidden = prefill_results(signature)
+    yield SAMPLE, Program("sample after prefill", partial(steps.sample_step, signature.model),
+                          (signature.params, signature.state.rows, unsampled), donate=(1,),
+                          out_shardings=(_placements(signature).rows, signature.replicated))
+    start = signature.host_array()
     chunk = min(steps.SCORE_CHUNK, hidden.shape[0])
     yield SCORE, Program("score prompts", partial(steps.score_chunk, signature.model),
                          (signature.params, hidden, start, signature.host_array(chunk)),
                          out_shardings=signature.replicated)
     yield LOGITS, Program("logits", partial(steps.logits_chunk, signature.model, chunk),
                           (signature.params, hidden, start), out_shardings=signature.replicated)
+
+
+def prefill_results(signature: Signature) -> tuple[Any, Any]:
+    """Shapes of what the largest prefill returns beside the state: `steps.Unsampled` and hidden states [T, D]."""
+    layout = signature.batcher.prefill[-1]
+    prefill = partial(steps.prefill_step, signature.model, layout)
+    _, *results = jax.eval_shape(prefill, signature.params, signature.state, signature.host_array(layout.size))
+    unsampled, hidden = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=signature.replicated), results)
+    return unsampled, hidden
 
 
 def _append(signature: Signature) -> tuple[Key, Program]:

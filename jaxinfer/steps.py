@@ -1,4 +1,4 @@
-"""The compiled units: prefill, decode, scoring. Arrays in, arrays out; pages and row state donated.
+"""The compiled units: prefill, sampling behind it, decode, scoring. Arrays in, arrays out; pages and row state donated.
 
 Host inputs arrive as one flat i32 array a step (`layout.py` says what lies where) and the results leave as one,
 since every array that crosses costs a transfer.
@@ -26,12 +26,22 @@ class DeviceState(NamedTuple):
     rows: RowState
 
 
-def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: DeviceState, inputs: jax.Array
-                 ) -> tuple[DeviceState, jax.Array, jax.Array]:
-    """Any ragged mix of prompt chunks and single decode tokens; samples the rows that want it.
+class Unsampled(NamedTuple):
+    """What a prefill step leaves for `sample_step`, row by row."""
 
-    inputs: i32[layout.size]. Returns the state, the packed results i32[R, result_width(FULL)] and the hidden
-    states [T, D] (for scoring; an unused result costs nothing but its bytes).
+    hidden: jax.Array  # [R, D], of each row's last token
+    slots: jax.Array  # i32[R]
+    kv_lens: jax.Array  # i32[R], in the pages after the step; 0 where the row computed nothing
+    samples: jax.Array  # bool[R]
+    form: jax.Array  # i32[], a SamplerForm
+
+
+def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: DeviceState, inputs: jax.Array
+                 ) -> tuple[DeviceState, Unsampled, jax.Array]:
+    """Any ragged mix of prompt chunks and single decode tokens, all but sampling.
+
+    inputs: i32[layout.size]. Returns the state, what `sample_step` needs and the hidden states [T, D] (for scoring; an
+    unused result costs nothing but its bytes).
     """
     fields = layout.unpack(inputs)
     rows = row_state.append_pages(row_state.initialise(state.rows, fields.inits), fields.new_pages)
@@ -39,12 +49,20 @@ def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: Device
     hidden, kv_pages = model.forward(params, packed.tokens, packed.positions, state.kv_pages, packed.rows,
                                      max_q_len=None)
     last = jnp.clip(packed.rows.cu_q_lens[1:] - 1, 0)
-    logits = model.logits(params, hidden[last])
     kv_lens = packed.rows.kv_lens
-    sampled = fields.samples & (kv_lens > 0)
-    tokens, result = _sample_any_form(logits, rows, fields.slots, kv_lens, sampled, fields.form)
-    rows = row_state.advance(rows, fields.slots, sampled, kv_lens, tokens)
-    return DeviceState(kv_pages, rows), result, hidden
+    unsampled = Unsampled(hidden[last], fields.slots, kv_lens, fields.samples & (kv_lens > 0), fields.form)
+    return DeviceState(kv_pages, rows), unsampled, hidden
+
+
+def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled) -> tuple[RowState, jax.Array]:
+    """The tokens after a prefill step: one program behind all of its buckets, as the samplers take long to compile.
+
+    Returns the rows and the packed results i32[R, result_width(FULL)]; -1 in rows that sample nothing.
+    """
+    logits = model.logits(params, unsampled.hidden)
+    slots, kv_lens, samples = unsampled.slots, unsampled.kv_lens, unsampled.samples
+    tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form)
+    return row_state.advance(rows, slots, samples, kv_lens, tokens), result
 
 
 class _PackedRows(NamedTuple):
@@ -71,7 +89,7 @@ def _pack_rows(state: RowState, fields) -> _PackedRows:
 
 
 def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form):
-    """Samples with the form chosen at run time: prefill programs are big, so one serves all forms.
+    """Samples with the form chosen at run time: a step that prefills is long, the choice is cheap.
 
     What FULL does beyond SIMPLE changes no row that did not ask for it, and each part compiles for seconds, so both
     share one branch; only scores are apart.
