@@ -21,7 +21,8 @@ from benchmarks.tpu_static.measure import Group, counts_of_groups
 from benchmarks.tpu_static.shapes import AttentionShape, Count
 from benchmarks.workloads import is_quick
 from pallas_kernels.aot import toolchain
-from pallas_kernels.aot.targets import Chip, target
+from pallas_kernels.aot.targets import target
+from pallas_kernels.chips import Chip
 
 TARGETS = ("v5e:1", "v6e:1")
 SHOWN_TARGETS = ("v5p:1", "tpu7x:1")

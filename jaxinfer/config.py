@@ -77,8 +77,8 @@ class EngineConfig:
     row_buckets: tuple[int, ...] = field(default=())
 
     def __post_init__(self):
-        object.__setattr__(self, "token_buckets", self.token_buckets or default_token_buckets(self))
-        object.__setattr__(self, "row_buckets", self.row_buckets or default_row_buckets(self))
+        object.__setattr__(self, "token_buckets", self.token_buckets or token_sizes(self.max_num_batched_tokens))
+        object.__setattr__(self, "row_buckets", self.row_buckets or row_sizes(self.max_num_seqs))
         self.validate()
 
     @property
@@ -103,21 +103,21 @@ class EngineConfig:
                                 "memory share, or lower max_model_len or max_num_seqs")
 
 
-def default_token_buckets(config: EngineConfig) -> tuple[int, ...]:
-    """Packed-token sizes T that prefill is compiled for: the budget and its halves, six sizes of at least 64.
+def token_sizes(largest: int, least: int = 64) -> tuple[int, ...]:
+    """Packed-token sizes T that prefill is compiled for: the budget and its halves, six sizes of at least `least`.
 
     A mixed step pays for every padded token where compute is scarce, so the sizes are a factor of two apart.
     """
-    largest = config.max_num_batched_tokens
     halves = {-(-(largest >> shift) // 8) * 8 for shift in range(1, 6)}
-    return (*sorted(size for size in halves if 64 <= size < largest), largest)
+    return (*sorted(size for size in halves if least <= size < largest), largest)
 
 
-def default_row_buckets(config: EngineConfig) -> tuple[int, ...]:
-    """Row counts R that decode is compiled for, each with three samplers, so a factor of four apart.
+def row_sizes(largest: int, least: int = 2) -> tuple[int, ...]:
+    """Row counts R that decode is compiled for, each with three samplers: so a factor of four apart, and four at most.
 
     At least 2: one-row bfloat16 matmuls are slow on XLA:CPU.
     """
-    largest = max(config.max_num_seqs, 2)
-    sizes = [size for size in (2, 8, 32, 128, 512) if size < largest]
+    largest = max(largest, 2)
+    smallest = max(least, 1 << max((largest - 1).bit_length() - 6, 1))
+    sizes = [smallest << shift for shift in (0, 2, 4) if smallest << shift < largest]
     return (*sizes, largest)

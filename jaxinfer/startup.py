@@ -40,6 +40,7 @@ from jaxinfer.page_pool import PagePool
 from jaxinfer.params import Params, default_layer_loop, flatten_specs, param_specs
 from jaxinfer.quantization import WEIGHT_FORMATS
 from jaxinfer.scheduler import Scheduler
+from jaxinfer.smallest_steps import SmallestSteps, smallest_steps
 from jaxinfer.start_options import Options
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import Limits
@@ -99,7 +100,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
         params = implementations.with_matmul(with_kv_scales(model, loaded, tokenizer, say), options.int8_matmul)
         plan = plan_memory(options, model, params, max_model_len)
         say(f"memory on each device:\n{plan.table()}")
-        config = engine_config(options, max_model_len, plan.num_pages)
+        least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
+        config = engine_config(options, max_model_len, plan.num_pages, least)
         executor = Executor(model, params, config, replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()
@@ -133,7 +135,8 @@ def choose_implementations(options: Options, folder: Path, dtype: jnp.dtype, mes
     model = make_decoder(config, dtype=dtype, kv_dtype=KV_DTYPES.get(options.kv_cache_dtype),
                          page_size=options.page_size, mesh=mesh, implementation=options.attention)
     max_model_len = choose_max_model_len(options, config.max_position_embeddings)
-    sizes = engine_config(options, max_model_len, max(options.max_num_seqs, -(-max_model_len // options.page_size)))
+    sizes = engine_config(options, max_model_len, max(options.max_num_seqs, -(-max_model_len // options.page_size)),
+                          smallest_steps(device_of(mesh), WEIGHT_FORMATS[quantization]))
     served = implementations.Served(
         config, dtype, model.kv_dtype, options.page_size, WEIGHT_FORMATS[quantization], options.tensor_parallel_size,
         tuple({*sizes.token_buckets, *sizes.row_buckets}), default_layer_loop(mesh) == "scanned",
@@ -196,13 +199,14 @@ def replicated(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     return sharding.sharding(mesh, jax.sharding.PartitionSpec())
 
 
-def engine_config(options: Options, max_model_len: int, num_pages: int) -> EngineConfig:
+def engine_config(options: Options, max_model_len: int, num_pages: int, least: SmallestSteps) -> EngineConfig:
     # One step never computes more than the longest row and a token for every other one can need.
     most_useful = -(-(max_model_len + options.max_num_seqs) // 128) * 128
+    budget = min(options.max_num_batched_tokens, most_useful)
     return EngineConfig(
         max_model_len=max_model_len, num_pages=num_pages, page_size=options.page_size,
-        max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds,
-        max_num_batched_tokens=min(options.max_num_batched_tokens, most_useful),
+        max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds, max_num_batched_tokens=budget,
+        token_buckets=least.token_buckets(budget), row_buckets=least.row_buckets(options.max_num_seqs),
         enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
 
 
@@ -233,7 +237,7 @@ def plan_within(budget: int, options: Options, model: Decoder, params: Any, max_
     if on_cpu:
         return without_temporaries
     return plan(temporaries=memory.measure_temporaries(
-        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed))))
+        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed, SmallestSteps()))))
 
 
 def compile_largest(model: Decoder, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:

@@ -11,7 +11,7 @@ import time
 
 from benchmarks.aot import checks, jobs, kernel_checks
 from benchmarks.aot.cases import CASES
-from pallas_kernels.aot.targets import CHIPS
+from pallas_kernels.chips import CHIPS
 
 
 def main(names: list[str]) -> int:

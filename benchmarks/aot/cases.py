@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROWS = 32
-"""Of the decode and verification steps that are looked at closely."""
+"""Of the calls of decode and verification that are compiled."""
 DRAFTED = 4
 """Drafted tokens a row of a verification step: it has one query more."""
 

@@ -9,7 +9,8 @@ from benchmarks.aot.cases import CASES, DRAFTED, ROWS
 from benchmarks.aot.models import MODELS
 from jaxinfer.quantization import WEIGHT_FORMATS
 from pallas_kernels import tuning
-from pallas_kernels.aot.targets import CHIPS, target
+from pallas_kernels.aot.targets import target
+from pallas_kernels.chips import CHIPS
 
 FORMS: dict[str, dict[str, Any]] = {
     "decode": {"q_len": 1, "num_rows": ROWS, "max_context": 2048},

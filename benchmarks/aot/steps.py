@@ -23,15 +23,18 @@ from jaxinfer.model import Rows
 from jaxinfer.models import make_decoder
 from jaxinfer.params import abstract_params, default_layer_loop, layer_loop_of
 from jaxinfer.quantization import WEIGHT_FORMATS
+from jaxinfer.smallest_steps import smallest_steps
 from jaxinfer.start_options import Options
 from jaxinfer.types import SamplerForm
 from pallas_kernels.aot.targets import Target, target
+from pallas_kernels.dispatch import device_of
 from pallas_kernels.ragged_paged_attention import AttentionSpec
 
 CONTEXT = 2048
 """Tokens that each row of the decode step has whose bytes are counted."""
+FEWEST_COUNTED = 16
+"""Rows: more weigh the keys and values more, which are read once whatever XLA makes of the weights."""
 VERIFY = ("verify", ROWS)
-COUNTED = programs.decode_key(DecodeLayout(ROWS, 1, 1, 1), SamplerForm.GREEDY)
 KERNEL = ("tpu_custom_call", "mosaic_gpu")
 HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32", "int8": "s8", "float8_e4m3fn": "f8e4m3fn"}
 
@@ -58,7 +61,9 @@ def compile_case(model: str, target_name: str, quantization: str | None, every: 
     except OutOfMemory as error:
         return {"error": str(error), "weights": memory.weight_bytes(params), "budget": budget}
     planned = time.perf_counter() - began
-    signature = startup.abstract_signature(decoder, params, startup.engine_config(options, length, plan.num_pages))
+    least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[quantization])
+    engine = startup.engine_config(options, length, plan.num_pages, least)
+    signature = startup.abstract_signature(decoder, params, engine)
     found = compile_programs(signature, mesh, every)
     return {
         "plan": dataclasses.asdict(plan),
@@ -78,7 +83,7 @@ def mesh_of(where: Target) -> Mesh:
 def compile_programs(signature: programs.Signature, mesh: Mesh, every: bool) -> dict[str, Any]:
     """Compiles what the engine declares, and the verification step, as a start does; reads what came out."""
     declared = programs.declare(signature)
-    declared = declared if every else largest(declared)
+    declared = declared if every else largest(declared, signature)
     options = untimed_options(signature)
     if options:
         declared = {
@@ -91,16 +96,16 @@ def compile_programs(signature: programs.Signature, mesh: Mesh, every: bool) -> 
     seconds, cpu, tracing = time.perf_counter() - began, cpu_seconds() - cpu, time.thread_time() - tracing
     compiled[VERIFY] = verify_program(signature).compile()
     names = {key: program.name for key, program in declared.items()} | {VERIFY: f"verify {ROWS} rows of {DRAFTED + 1}"}
-    stateless = (programs.SCORE, programs.LOGITS)
+    pageless = (programs.SAMPLE, programs.SCORE, programs.LOGITS)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
         "tracing_seconds": tracing,
         "programs": [
-            figures(name, compiled[key], key not in stateless, signature, stream_of(signature, key))
+            figures(name, compiled[key], key not in pageless, signature, stream_of(signature, key))
             for key, name in names.items()
         ],
-        "decode": decode_figures(compiled[COUNTED], signature),
+        "decode": decode_figures(compiled[counted_key(signature)], signature),
     }
 
 
@@ -117,10 +122,22 @@ def untimed_options(signature: programs.Signature) -> dict[str, Any]:
     return {"xla_gpu_experimental_force_split_k": 1} if device.platform in ("gpu", "cuda") else {}
 
 
-def largest(declared: dict[programs.Key, programs.Program]) -> dict[programs.Key, programs.Program]:
+def counted_rows(signature: programs.Signature) -> int:
+    return next(rows for rows in signature.batcher.config.row_buckets if rows >= FEWEST_COUNTED)
+
+
+def counted_key(signature: programs.Signature) -> programs.Key:
+    """The decode program whose bytes are counted."""
+    return programs.decode_key(DecodeLayout(counted_rows(signature), 1, 1, 1), SamplerForm.GREEDY)
+
+
+def largest(
+    declared: dict[programs.Key, programs.Program], signature: programs.Signature
+) -> dict[programs.Key, programs.Program]:
     """The largest prefill program, the largest decode program with the full sampler, and the one that is counted."""
     keys = [next(key for key in declared if key[0] == "prefill")]
-    keys += [next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL), COUNTED]
+    keys += [next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL)]
+    keys.append(counted_key(signature))
     return {key: declared[key] for key in keys}
 
 
@@ -217,7 +234,7 @@ def decode_figures(compiled: jax.stages.Compiled, signature: programs.Signature)
     items = traffic.count(module, kernel_bytes)
     total = sum(item.total for item in items)
     return {
-        "rows": ROWS,
+        "rows": counted_rows(signature),
         "context": CONTEXT,
         "bytes": total if attends else None,
         "ideal": ideal_bytes(signature),
@@ -264,7 +281,7 @@ def partials_of(signature: programs.Signature) -> Partials | None:
         model.config.num_heads // shards, num_kv_heads, model.config.head_dim, signature.batcher.config.page_size,
         kv_dtype=signature.state.kv_pages.dtype, max_q_len=1,
     )  # fmt: skip
-    return Partials.of(spec, ROWS, CONTEXT)
+    return Partials.of(spec, counted_rows(signature), CONTEXT)
 
 
 def page_tokens(signature: programs.Signature) -> int:
@@ -278,7 +295,7 @@ def kv_bytes(signature: programs.Signature, tokens: int) -> int:
     pages = signature.state.kv_pages
     local = math.prod(pages.sharding.shard_shape(pages.shape)) * pages.dtype.itemsize
     a_token = local // signature.batcher.config.num_pages // signature.batcher.config.page_size
-    return ROWS * (tokens + 1) * a_token
+    return counted_rows(signature) * (tokens + 1) * a_token
 
 
 def ideal_bytes(signature: programs.Signature) -> int:
@@ -288,5 +305,5 @@ def ideal_bytes(signature: programs.Signature) -> int:
     weights = memory.weight_bytes(params)
     embed = params["embed"]
     if not model.config.tie_word_embeddings:
-        weights += ROWS * embed.shape[1] * embed.dtype.itemsize - memory.weight_bytes(embed)
+        weights += counted_rows(signature) * embed.shape[1] * embed.dtype.itemsize - memory.weight_bytes(embed)
     return weights + kv_bytes(signature, CONTEXT)

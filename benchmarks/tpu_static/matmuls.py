@@ -7,7 +7,8 @@ from typing import Any
 from benchmarks.report import Result
 from benchmarks.tpu_static.measure import Group
 from benchmarks.tpu_static.shapes import Count, MatmulShape
-from pallas_kernels.aot.targets import Chip, target
+from pallas_kernels.aot.targets import target
+from pallas_kernels.chips import Chip
 
 FEW_ROWS, MANY_ROWS = (8, 64), 512
 # (D, F): matmuls of that size in a layer of 8B. Those that it does not have are of merged weights (q, k and v; gate and

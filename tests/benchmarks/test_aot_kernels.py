@@ -15,8 +15,8 @@ from pallas_kernels import tuning
 from pallas_kernels.aot.measure import LoopFigures, Measured
 from pallas_kernels.aot.memory import Copy, Memory
 from pallas_kernels.aot.ptxas import Kernel
-from pallas_kernels.aot.targets import CHIPS
 from pallas_kernels.aot.toolchain import JobFailed
+from pallas_kernels.chips import CHIPS
 
 ATTENTION = next(each for each in programs("v6e") if each.kernel == "attention, decode")
 DOT = next(each for each in programs("v6e") if each.kernel == "int8 matmul, weights and activations")

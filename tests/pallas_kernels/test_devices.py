@@ -4,7 +4,7 @@ import pytest
 
 from pallas_kernels import int8_matmul
 from pallas_kernels import ragged_paged_attention as attention
-from pallas_kernels.aot.targets import CHIPS
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.dispatch import Device, Unsupported
 
 SERVED = [("tpu", chip.kind) for name, chip in CHIPS.items() if name != "h200"] + [

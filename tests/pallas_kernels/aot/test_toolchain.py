@@ -3,7 +3,8 @@
 import pytest
 
 from pallas_kernels.aot import toolchain
-from pallas_kernels.aot.targets import CHIPS, TARGETS, target
+from pallas_kernels.aot.targets import TARGETS, target
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import WIDE
 
 JOBS = "tests.pallas_kernels.aot.test_toolchain"
