@@ -11,7 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.sampling import SamplingRows, row_keys
+from jaxinfer.noise import row_keys
+from jaxinfer.sampling import SamplingRows
 from jaxinfer.types import MAX_STOP_IDS
 
 

@@ -1,7 +1,7 @@
 """Logits to tokens on the device, in three forms; raw log-probabilities.
 
-The sampled token is argmax(log p + Gumbel(key)) with key = fold_in(fold_in(seed, sample index), position), so it
-depends on the request alone, never on the batch, and speculation can share the noise.
+The sampled token is argmax(log p + noise) (`noise.py`), so it depends on the request alone, never on the batch, and
+speculation can share the noise.
 Filters are thresholds found by bisection on the floats' bit patterns: no sort of the vocabulary.
 """
 
@@ -11,11 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.noise import first_largest, first_largest_with_noise
 from jaxinfer.types import MAX_LOGPROBS, SamplerForm
 from pallas_kernels.dispatch import current_device
 
-KEY_IMPL = "threefry2x32"
-"""Stated, not the process default: the same seed must give the same tokens on every back end."""
 TOP_K_ROWS = 8
 """See `likeliest`."""
 
@@ -23,7 +22,7 @@ TOP_K_ROWS = 8
 class SamplingRows(NamedTuple):
     """Sampling fields of R rows."""
 
-    key: jax.Array  # u32[R, 2], fold_in(seed, sample index)
+    key: jax.Array  # u32[R, 2], of `noise.row_keys`
     temperature: jax.Array  # f32[R], 0 is greedy
     top_k: jax.Array  # i32[R], 0 is off
     top_p: jax.Array  # f32[R]
@@ -41,12 +40,6 @@ class Scores(NamedTuple):
     top_logprobs: jax.Array  # f32[R, MAX_LOGPROBS]
 
 
-def row_keys(seed_words: jax.Array, sample_index: jax.Array) -> jax.Array:
-    """Keys u32[R, 2] of rows from seeds u32[R, 2] (high, low word) and sample indices i32[R]."""
-    fold = jax.vmap(lambda words, index: jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), index))
-    return jax.random.key_data(fold(seed_words, sample_index))
-
-
 def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
     """Tokens i32[R] from logits f32[R, V] for the tokens at positions i32[R]; `form` is static."""
     if form is SamplerForm.GREEDY:
@@ -56,30 +49,7 @@ def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: Sa
     greedy = rows.temperature == 0.0
     scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
     filtered = jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
-    # Without the barrier XLA:TPU unrolls noise, filter and reductions together: for 64 rows of 128,256 on a v6e 33,044
-    # bundles of code instead of 10,644, to compile in every program, that issue as many (libtpu 0.0.48).
-    noise = jax.lax.optimization_barrier(gumbel(rows.key, positions, logits.shape[-1]))
-    noisy = filtered + jnp.where(greedy[:, None], 0.0, noise)
-    return first_largest(noisy)
-
-
-def first_largest(values: jax.Array) -> jax.Array:
-    """Index i32[R] of the first largest of f32[R, V]; the last index when there is none (NaN).
-
-    Two plain reductions: XLA:CPU vectorises them, unlike the reduction of pairs that argmax is (0.6 ms for 64 x 4096).
-    """
-    ids = jnp.arange(values.shape[-1], dtype=jnp.int32)
-    largest = jnp.max(values, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(values == largest, ids, values.shape[-1] - 1), axis=-1)
-
-
-def gumbel(keys: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
-    """Noise f32[R, V] for keys u32[R, 2] at positions i32[R]."""
-    def one(words, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), position)
-        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
-
-    return jax.vmap(one)(keys, positions)
+    return first_largest_with_noise(filtered, greedy, rows.key, positions)
 
 
 def ban_stop_ids(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from jaxinfer import sampling
+from jaxinfer.noise import gumbel, row_keys
 from jaxinfer.types import Request
 
 TIE = 1e-4
@@ -71,13 +71,13 @@ def decode(model: PlainLlama, request: Request, index: int) -> tuple[list[int], 
     ids = list(request.prompt)
     seed = request.seed & (2**64 - 1)
     words = jnp.array([[seed >> 32, seed & 0xFFFFFFFF]], jnp.uint32)
-    keys = sampling.row_keys(words, jnp.array([index], jnp.int32))
+    keys = row_keys(words, jnp.array([index], jnp.int32))
     tie = None
     while len(ids) - len(request.prompt) < request.max_tokens:
         values = model.logits(ids)
         if request.params.temperature:
             values = values / request.params.temperature
-            values = values + np.asarray(sampling.gumbel(keys, jnp.array([len(ids)]), len(values)))[0]
+            values = values + np.asarray(gumbel(keys, jnp.array([len(ids)]), len(values)))[0]
         best = np.argsort(-values)[:2]
         if tie is None and values[best[0]] - values[best[1]] < TIE:
             tie = len(ids) - len(request.prompt)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxinfer import sampling
+from jaxinfer.noise import row_keys
 from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplerForm
 from pallas_kernels.dispatch import Device
 
@@ -24,7 +25,7 @@ def make_rows(rows=ROWS, seed=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0
     stops = np.full((rows, MAX_STOP_IDS), -1, np.int32)
     stops[:, :len(stop_ids)] = stop_ids
     return sampling.SamplingRows(
-        sampling.row_keys(words, jnp.arange(rows, dtype=jnp.int32)), full(temperature, jnp.float32),
+        row_keys(words, jnp.arange(rows, dtype=jnp.int32)), full(temperature, jnp.float32),
         full(top_k, jnp.int32), full(top_p, jnp.float32), full(min_p, jnp.float32), full(min_position, jnp.int32),
         jnp.asarray(stops))
 

@@ -1,5 +1,7 @@
 """Sizes that nothing smaller is compiled for, against the roofline of the chips' published figures."""
 
+from itertools import pairwise
+
 import pytest
 
 from jaxinfer.config import row_sizes, token_sizes
@@ -33,7 +35,7 @@ def test_other_devices_pay_for_every_row():
 def test_row_sizes_are_few_and_end_at_the_largest(largest, least):
     sizes = row_sizes(largest, least)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(largest, 2) and len(sizes) <= 4
-    assert all(after <= 4 * before for before, after in zip(sizes, sizes[1:], strict=False))
+    assert all(after <= 4 * before for before, after in pairwise(sizes))
     assert sizes[0] <= max(least, largest / 16)
 
 
