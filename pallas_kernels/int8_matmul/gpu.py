@@ -9,6 +9,7 @@ would do it again: x is 2 bytes an element and read twice, so with 64 rows and D
 from L2, for 17 MB of weights.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,8 +35,8 @@ from pallas_kernels.int8_matmul.xla import quantize_rows
 INSTRUCTION_ROWS, TILE_ROWS = 64, 8
 # Bytes of a row of a swizzled tile; the widest spreads best over the banks.
 SWIZZLES = (128, 64, 32)
-# Rows of x that leave by one copy: a [64, 64] part of the sums.
-STORED_ROWS = 64
+# Most rows of x that leave by one copy, a [64, 64] part of the sums; and what a wider tile's rows are a multiple of.
+STORED_ROWS, WIDE_ROWS = 64, 32
 # Elements of a row that a warpgroup (128 threads, up to 8 elements a load) holds at once.
 QUANTIZED_PARTS = (4096, 2048, 1024, 512, 256, 128)
 # Shared memory a block of Hopper may have, less what barriers and alignment take.
@@ -174,7 +175,7 @@ def quantize_kernel(x_ref, quantized_ref, x_scale_ref, *, part: int) -> None:
 
 def scratch_types(tiling: Tiling, blocks: Blocks, x_dtype: Any, out_dtype: Any, transposes: bool) -> dict[str, Any]:
     """Slots of x and weights, a stored part a warpgroup, converted weights, barriers."""
-    stored = min(tiling.rows, STORED_ROWS)
+    stored = stored_rows(tiling.rows)
     part = (stored, INSTRUCTION_ROWS) if transposes else (INSTRUCTION_ROWS, stored)
     types = {
         "x_slots": swizzled((tiling.slots, tiling.rows, tiling.depth), x_dtype),
@@ -294,13 +295,12 @@ def multiply_converted(sums_ref, weights_ref, x_tile, converted, warpgroup) -> N
 
 
 def store(sums, row, feature, layer, x_scale_ref, scale_ref, out_ref, part_ref) -> None:
-    """Sums [64, rows] times the scale of each row of x, then of each feature, to the output in parts of 64 rows."""
+    """Sums [64, rows] times the scale of each row of x, then of each feature, to the output, part by part."""
     features = pl.ds(feature, INSTRUCTION_ROWS)
     scale = plgpu.load(scale_ref.at[layer, features], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     num_rows = sums.shape[1]
-    stored = min(num_rows, STORED_ROWS)
-    for start in range(0, num_rows, stored):
-        size = min(stored, num_rows - start)
+    size = stored_rows(num_rows)
+    for start in range(0, num_rows, size):
         rows = pl.ds(pl.multiple_of(row + start, TILE_ROWS), size)
         x_scale = plgpu.load(x_scale_ref.at[rows], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         part = sums[:, start : start + size].astype(jnp.float32)
@@ -316,6 +316,11 @@ def store(sums, row, feature, layer, x_scale_ref, scale_ref, out_ref, part_ref) 
         plgpu.copy_smem_to_gmem(part_ref, target)
 
 
+def stored_rows(rows: int) -> int:
+    """Rows of a tile of `rows` that leave by one copy: a tile is whole parts."""
+    return rows if rows <= STORED_ROWS else math.gcd(rows, STORED_ROWS)
+
+
 def choose_tiling(
     num_rows: int, in_features: int, out_features: int, itemsizes: tuple[int, int], blocks: Blocks
 ) -> Tiling:
@@ -326,11 +331,10 @@ def choose_tiling(
     x_itemsize, out_itemsize = itemsizes
     depth = next(depth for depth in SWIZZLES if in_features % depth == 0)
     rows = -(-num_rows // TILE_ROWS) * TILE_ROWS
-    # A wider tile is stored in whole parts.
-    rows = rows if rows <= STORED_ROWS else min(-(-rows // STORED_ROWS) * STORED_ROWS, blocks.rows)
+    rows = rows if rows <= STORED_ROWS else min(-(-rows // WIDE_ROWS) * WIDE_ROWS, blocks.rows)
     features = blocks.warpgroups * INSTRUCTION_ROWS
     converted = 0 if x_itemsize == 1 or blocks.weights_in_registers else depth * x_itemsize
-    parts = features * (min(rows, STORED_ROWS) * out_itemsize + converted)
+    parts = features * (stored_rows(rows) * out_itemsize + converted)
     slots = min(blocks.slots, (SHARED_BYTES - parts) // (depth * (rows * x_itemsize + features)))
     return Tiling(rows, features, depth, slots, -(-num_rows // rows), -(-out_features // features))
 
