@@ -98,8 +98,8 @@ def _put_init(row: np.ndarray, floats: np.ndarray, init: RowInit) -> None:
     """Fills the init columns of one row; `floats` is the same memory as float32."""
     no_stop_ids = (-1,) * (ROW_WIDTH - STOP_COLUMN - len(init.stop_ids))
     row[INIT_SLOT:] = (
-        init.slot, init.tokens_left, _word(init.seed >> 32), _word(init.seed), init.sample_index, 0, init.top_k, 0, 0,
-        init.min_position, *init.stop_ids, *no_stop_ids)
+        init.slot, init.tokens_left, _word(init.seed >> 32), _word(init.seed), init.sample_index, init.seeded, 0,
+        init.top_k, 0, 0, init.min_position, *init.stop_ids, *no_stop_ids)
     floats[COLUMNS["temperature"]] = init.temperature
     floats[COLUMNS["top_p"]] = init.top_p
     floats[COLUMNS["min_p"]] = init.min_p

@@ -21,8 +21,8 @@ def result_width(form: SamplerForm) -> int:
 
 
 ROW_FIELDS = ("slot", "q_len", "end", "on_device", "samples")
-INIT_FIELDS = ("init_slot", "tokens_left", "seed_high", "seed_low", "sample_index", "temperature", "top_k", "top_p",
-               "min_p", "min_position")
+INIT_FIELDS = ("init_slot", "tokens_left", "seed_high", "seed_low", "sample_index", "seeded", "temperature", "top_k",
+               "top_p", "min_p", "min_position")
 COLUMNS = {name: column for column, name in enumerate(ROW_FIELDS + INIT_FIELDS)}
 STOP_COLUMN = len(COLUMNS)
 ROW_WIDTH = STOP_COLUMN + MAX_STOP_IDS
@@ -101,6 +101,7 @@ def _inits(columns: dict[str, jax.Array], stop_ids: jax.Array) -> RowInits:
     return RowInits(
         slot=columns["init_slot"], tokens_left=columns["tokens_left"],
         seed_words=jax.lax.bitcast_convert_type(words, jnp.uint32), sample_index=columns["sample_index"],
+        seeded=columns["seeded"] > 0,
         temperature=floats("temperature"), top_k=columns["top_k"], top_p=floats("top_p"), min_p=floats("min_p"),
         min_position=columns["min_position"], stop_ids=stop_ids)
 

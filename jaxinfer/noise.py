@@ -3,10 +3,12 @@
 Key of a token: fold_in(fold_in(seed, sample index), position); of each `CHUNK` of the vocabulary: fold_in(that, chunk).
 """
 
+import enum
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.dispatch import current_device
 
@@ -20,6 +22,29 @@ def row_keys(seed_words: jax.Array, sample_index: jax.Array) -> jax.Array:
     """Keys u32[R, 2] of rows from seeds u32[R, 2] (high, low word) and sample indices i32[R]."""
     fold = jax.vmap(lambda words, index: jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), index))
     return jax.random.key_data(fold(seed_words, sample_index))
+
+
+class Use(enum.IntEnum):
+    """What speculation draws for, apart from the sampled tokens."""
+
+    DRAFT = 1
+    ACCEPTANCE = 2
+    RECOVERY = 3
+
+
+def keys_for(use: Use, keys: jax.Array) -> jax.Array:
+    """Keys u32[R, 2] of a stream that shares nothing with that of the sampled tokens: no position is so large."""
+    data = np.uint32(2**32 - use)
+    fold = jax.vmap(lambda words: jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), data))
+    return jax.random.key_data(fold(keys))
+
+
+def uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """f32[R] in [0, 1) for keys u32[R, 2] at positions i32[R]."""
+    def one(words, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(words, impl=KEY_IMPL), position))
+
+    return jax.vmap(one)(keys, positions)
 
 
 def gumbel(keys: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:

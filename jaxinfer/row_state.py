@@ -36,6 +36,7 @@ class RowInits:
     tokens_left: jax.Array  # i32[R]
     seed_words: jax.Array  # u32[R, 2]
     sample_index: jax.Array  # i32[R]
+    seeded: jax.Array  # bool[R]
     temperature: jax.Array  # f32[R]
     top_k: jax.Array  # i32[R]
     top_p: jax.Array  # f32[R]
@@ -50,7 +51,8 @@ def empty(max_num_seqs: int, max_pages_per_row: int, placement: jax.sharding.Sha
     ints = partial(jnp.zeros, (slots,), jnp.int32, device=placement)
     floats = partial(jnp.zeros, (slots,), jnp.float32, device=placement)
     sampling = SamplingRows(
-        key=jnp.zeros((slots, 2), jnp.uint32, device=placement), temperature=floats(), top_k=ints(), top_p=floats(),
+        key=jnp.zeros((slots, 2), jnp.uint32, device=placement), seeded=jnp.zeros((slots,), bool, device=placement),
+        temperature=floats(), top_k=ints(), top_p=floats(),
         min_p=floats(), min_position=ints(),
         stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32, device=placement))
     return RowState(
@@ -65,7 +67,7 @@ def initialise(state: RowState, inits: RowInits) -> RowState:
 
     old = state.sampling
     sampling = SamplingRows(
-        key=put(old.key, row_keys(inits.seed_words, inits.sample_index)),
+        key=put(old.key, row_keys(inits.seed_words, inits.sample_index)), seeded=put(old.seeded, inits.seeded),
         temperature=put(old.temperature, inits.temperature), top_k=put(old.top_k, inits.top_k),
         top_p=put(old.top_p, inits.top_p), min_p=put(old.min_p, inits.min_p),
         min_position=put(old.min_position, inits.min_position), stop_ids=put(old.stop_ids, inits.stop_ids))

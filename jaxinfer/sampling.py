@@ -23,6 +23,7 @@ class SamplingRows(NamedTuple):
     """Sampling fields of R rows."""
 
     key: jax.Array  # u32[R, 2], of `noise.row_keys`
+    seeded: jax.Array  # bool[R], the request brought its seed
     temperature: jax.Array  # f32[R], 0 is greedy
     top_k: jax.Array  # i32[R], 0 is off
     top_p: jax.Array  # f32[R]
@@ -44,12 +45,19 @@ def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: Sa
     """Tokens i32[R] from logits f32[R, V] for the tokens at positions i32[R]; `form` is static."""
     if form is SamplerForm.GREEDY:
         return first_largest(logits)
+    wanted = distribution(logits, rows, positions, form)
+    return first_largest_with_noise(wanted, rows.temperature == 0.0, rows.key, positions)
+
+
+def distribution(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
+    """What is sampled from: unnormalised log-probabilities f32[R, V], -inf where a filter forbids the token.
+
+    Rows of temperature 0 keep their order. Not for the GREEDY form.
+    """
     if form is SamplerForm.FULL:
         logits = ban_stop_ids(logits, rows, positions)
-    greedy = rows.temperature == 0.0
-    scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
-    filtered = jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
-    return first_largest_with_noise(filtered, greedy, rows.key, positions)
+    scaled = logits / jnp.where(rows.temperature == 0.0, 1.0, rows.temperature)[:, None]
+    return jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
 
 
 def ban_stop_ids(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:

@@ -85,8 +85,9 @@ class Sequence:
         request, params = self.request, self.request.params
         return RowInit(
             slot=self.slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
-            seed=request.seed, sample_index=self.sample_index, tokens_left=self.end + 1 - len(self.tokens),
-            min_position=self.num_prompt + params.min_tokens, stop_ids=request.stop_ids)
+            seed=request.seed, seeded=params.seed is not None, sample_index=self.sample_index,
+            tokens_left=self.end + 1 - len(self.tokens), min_position=self.num_prompt + params.min_tokens,
+            stop_ids=request.stop_ids)
 
 
 def _sampler_form(request: Request) -> SamplerForm:

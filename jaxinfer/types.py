@@ -85,7 +85,8 @@ class RowInit:
     """What the device must know of a row before it samples its first token.
 
     tokens_left: tokens it may still generate. min_position: stop ids are banned while the position
-    of the sampled token is below it. sample_index: which of the request's n samples this is.
+    of the sampled token is below it. sample_index: which of the request's n samples this is. seeded: the
+    request brought its seed.
     """
 
     slot: int
@@ -94,6 +95,7 @@ class RowInit:
     top_p: float
     min_p: float
     seed: int
+    seeded: bool
     sample_index: int
     tokens_left: int
     min_position: int

@@ -17,7 +17,8 @@ VOCAB = 13
 ROWS = 4
 
 
-def make_rows(rows=ROWS, seed=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_position=0, stop_ids=()):
+def make_rows(rows=ROWS, seed=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_position=0, stop_ids=(),
+              seeded=False):
     def full(value, dtype):
         return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
@@ -25,7 +26,7 @@ def make_rows(rows=ROWS, seed=0, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0
     stops = np.full((rows, MAX_STOP_IDS), -1, np.int32)
     stops[:, :len(stop_ids)] = stop_ids
     return sampling.SamplingRows(
-        row_keys(words, jnp.arange(rows, dtype=jnp.int32)), full(temperature, jnp.float32),
+        row_keys(words, jnp.arange(rows, dtype=jnp.int32)), full(seeded, bool), full(temperature, jnp.float32),
         full(top_k, jnp.int32), full(top_p, jnp.float32), full(min_p, jnp.float32), full(min_position, jnp.int32),
         jnp.asarray(stops))
 

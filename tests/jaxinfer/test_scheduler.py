@@ -36,8 +36,8 @@ def test_a_first_chunk_carries_the_row_and_its_pages():
     harness.make(prompt=range(6), max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, min_tokens=2,
                  stop_ids=(9,), seed=77)
     plan = harness.plan()
-    assert plan.init_rows == (RowInit(slot=0, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=77, sample_index=0,
-                                      tokens_left=7, min_position=8, stop_ids=(9,)),)
+    assert plan.init_rows == (RowInit(slot=0, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=77, seeded=False,
+                                      sample_index=0, tokens_left=7, min_position=8, stop_ids=(9,)),)
     assert plan.new_pages == ((0, 0, (0, 1)),)
 
 

@@ -1,0 +1,136 @@
+"""Which drafted tokens the target keeps, and what it says after them: exact, whatever the drafter does.
+
+Two rules. Requests with a seed, and greedy ones: the target samples every position with the request's own noise, and a
+drafted token is kept where it is that very token, so that the output is the one without speculation for any drafter
+(Gumbel coupling: Daliri, Musco, Suresh 2024, arXiv:2408.07978). Requests without a seed: rejection sampling with
+recovery (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), which keeps more and gives the
+same distribution.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.noise import Use, first_largest_with_noise, keys_for, uniform
+from jaxinfer.sampling import SamplingRows, distribution, sample
+from jaxinfer.types import SamplerForm
+
+
+class Drafted(NamedTuple):
+    """Proposals for the next X tokens of R rows.
+
+    logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields; None for
+    tokens that no distribution is known of (prompt lookup, a drafter that is not trusted).
+    """
+
+    tokens: jax.Array  # i32[R, X]
+    count: jax.Array  # i32[R], the first so many are proposals
+    logits: jax.Array | None
+
+
+class Kept(NamedTuple):
+    """What R rows say in one round."""
+
+    tokens: jax.Array  # i32[R, X + 1], -1 behind the last
+    count: jax.Array  # i32[R], at least 1
+
+
+def draft_rows(rows: SamplingRows) -> SamplingRows:
+    """Sampling fields that a drafter samples with: of rows that follow the first rule with the target's own noise."""
+    return rows._replace(key=jnp.where(by_noise(rows)[:, None], rows.key, keys_for(Use.DRAFT, rows.key)))
+
+
+def by_noise(rows: SamplingRows) -> jax.Array:
+    """bool[R]: rows that follow the first rule."""
+    return rows.seeded | (rows.temperature == 0.0)
+
+
+def accept(logits: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> Kept:
+    """The proposals that are kept and one token more.
+
+    logits: f32[R, X + 1, V] of the target, before each proposal and behind the last. positions: i32[R], of the first
+    proposed token.
+    """
+    num_rows, width, vocab_size = logits.shape
+    every = positions[:, None] + jnp.arange(width, dtype=jnp.int32)
+    many = repeated(rows, width)
+    own = sample(logits.reshape(-1, vocab_size), many, every.reshape(-1), form).reshape(num_rows, width)
+    same = drafted.tokens == own[:, :-1]
+    if form is SamplerForm.GREEDY:
+        return keep(same, drafted, own)
+    targets = distribution(logits.reshape(-1, vocab_size), many, every.reshape(-1), form).reshape(logits.shape)
+    kept = jnp.where(by_noise(rows)[:, None], same, passes(targets, drafted, rows, every, form))
+    at = num_kept(kept, drafted)
+    recovered = recover(targets, drafted, rows, at, positions + at, form)
+    rejected = ~by_noise(rows) & (at < drafted.count)
+    index = jnp.arange(num_rows)
+    return keep(kept, drafted, own.at[index, at].set(jnp.where(rejected, recovered, own[index, at])))
+
+
+def repeated(rows: SamplingRows, times: int) -> SamplingRows:
+    """Fields of R rows for R * times."""
+    return jax.tree.map(lambda field: jnp.repeat(field, times, axis=0), rows)
+
+
+def num_kept(kept: jax.Array, drafted: Drafted) -> jax.Array:
+    """i32[R]: proposals before the first that is not in `kept` bool[R, X]."""
+    ahead = jnp.arange(kept.shape[1]) < drafted.count[:, None]
+    return jnp.sum(jnp.cumprod(kept & ahead, axis=1, dtype=jnp.int32), axis=1)
+
+
+def keep(kept: jax.Array, drafted: Drafted, following: jax.Array) -> Kept:
+    """following: i32[R, X + 1], what comes where the proposals end."""
+    at = num_kept(kept, drafted)[:, None]
+    index = jnp.arange(following.shape[1])
+    proposed = jnp.pad(drafted.tokens, ((0, 0), (0, 1)))
+    tokens = jnp.where(index < at, proposed, jnp.where(index == at, following, -1))
+    return Kept(tokens, at[:, 0] + 1)
+
+
+def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm
+           ) -> jax.Array:
+    """bool[R, X]: each proposal with probability min(1, p / q). targets: f32[R, X + 1, V] of `distribution`."""
+    num_rows, num_drafted = drafted.tokens.shape
+    p = jax.nn.softmax(targets[:, :-1], axis=-1)
+    chance = of_tokens(p, drafted.tokens)
+    every = positions[:, :num_drafted]
+    if drafted.logits is not None:
+        q = jax.nn.softmax(draft_distribution(drafted.logits, rows, every, form), axis=-1)
+        # What the drafter's own distribution forbids was not sampled from it: it is refused.
+        q = of_tokens(q, drafted.tokens)
+        chance = jnp.where(q > 0, chance / q, 0.0)
+    keys = keys_for(Use.ACCEPTANCE, repeated(rows, num_drafted).key)
+    return uniform(keys, every.reshape(-1)).reshape(num_rows, num_drafted) < chance
+
+
+def draft_distribution(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
+    """What proposals f32[R, X, V] at positions i32[R, X] were sampled from."""
+    num_drafted, vocab_size = logits.shape[1:]
+    flat = distribution(logits.reshape(-1, vocab_size), repeated(rows, num_drafted), positions.reshape(-1), form)
+    return flat.reshape(logits.shape)
+
+
+def of_tokens(probabilities: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32[R, X] from [R, X, V]; 0 for ids outside of the vocabulary."""
+    inside = (tokens >= 0) & (tokens < probabilities.shape[-1])
+    picked = jnp.take_along_axis(probabilities, jnp.where(inside, tokens, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(inside, picked, 0.0)
+
+
+def recover(targets: jax.Array, drafted: Drafted, rows: SamplingRows, at: jax.Array, positions: jax.Array,
+            form: SamplerForm) -> jax.Array:
+    """Tokens i32[R] instead of the rejected proposals `at` i32[R], at i32[R] positions: from max(p - q, 0)."""
+    index = jnp.arange(len(at))
+    refused = jnp.minimum(at, drafted.tokens.shape[1] - 1)
+    p = jax.nn.softmax(targets[index, at], axis=-1)
+    if drafted.logits is not None:
+        logits = drafted.logits[index, refused][:, None]
+        q = jax.nn.softmax(draft_distribution(logits, rows, positions[:, None], form)[:, 0], axis=-1)
+    else:
+        q = jax.nn.one_hot(drafted.tokens[index, refused], p.shape[-1], dtype=p.dtype)
+    rest = jnp.maximum(p - q, 0.0)
+    # Nothing is left where both are equal up to rounding: such a rejection has hardly any chance.
+    rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)
+    never = jnp.zeros(len(at), bool)
+    return first_largest_with_noise(jnp.log(rest), never, keys_for(Use.RECOVERY, rows.key), positions)
