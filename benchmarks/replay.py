@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from jaxinfer import compile_cache
-from jaxinfer.batch import Batcher
+from jaxinfer.batch import Batcher, Layout
 from jaxinfer.executor import Executor, InFlight, run_prefill
-from jaxinfer.layout import DecodeLayout, PrefillLayout
+from jaxinfer.layout import PrefillLayout
 from jaxinfer.programs import APPEND, EXTRA_PAGES, SAMPLE, Key, compile_all, declare, decode_key, prefill_key
 from jaxinfer.types import StepKind, StepPlan, StepResult
 
@@ -54,7 +54,7 @@ class Call:
     """keys: of the programs of a step. layout: None appends pages. samples: whether any row of a prefill step does."""
 
     keys: tuple[Key, ...]
-    layout: PrefillLayout | DecodeLayout | None
+    layout: Layout | None
     inputs: jax.Array
     samples: bool = False
 

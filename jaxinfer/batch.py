@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout
+from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout, SpeculateLayout
 from jaxinfer.types import RowInit, StepKind, StepPlan
 
 INIT_SLOT = COLUMNS["init_slot"]
 UINT32 = 0xFFFFFFFF
+
+type Layout = PrefillLayout | DecodeLayout | SpeculateLayout
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,27 @@ class Batcher:
 
     config: EngineConfig
     prefill: tuple[PrefillLayout, ...] = field(init=False)
-    decode: tuple[DecodeLayout, ...] = field(init=False)
+    decode: tuple[DecodeLayout | SpeculateLayout, ...] = field(init=False)
 
     def __post_init__(self):
         config = self.config
         object.__setattr__(self, "prefill", tuple(
             PrefillLayout(size, config.max_num_seqs, config.page_size) for size in config.token_buckets))
-        object.__setattr__(self, "decode", tuple(
-            DecodeLayout(size, config.max_decode_rounds, config.page_size, config.max_num_seqs)
-            for size in config.row_buckets))
+        object.__setattr__(self, "decode", tuple(map(self._decode_layout, config.row_buckets)))
+
+    def _decode_layout(self, num_rows: int) -> DecodeLayout | SpeculateLayout:
+        config = self.config
+        if config.num_speculative_tokens:
+            return SpeculateLayout(num_rows, config.max_decode_rounds, config.num_speculative_tokens, config.page_size,
+                                   config.max_num_seqs)
+        return DecodeLayout(num_rows, config.max_decode_rounds, config.page_size, config.max_num_seqs)
 
     @property
     def no_slot(self) -> int:
         """A slot out of range: reads give the scratch slot, writes are dropped."""
         return self.config.max_num_seqs + 1
 
-    def layout(self, plan: StepPlan) -> PrefillLayout | DecodeLayout:
+    def layout(self, plan: StepPlan) -> Layout:
         """The smallest bucket that holds the plan. Scored prompts use the largest, the only one compiled for it."""
         if plan.kind is StepKind.DECODE:
             return self.decode[bisect_left(self.config.row_buckets, len(plan.slots))]
@@ -42,20 +49,22 @@ class Batcher:
             return self.prefill[-1]
         return self.prefill[bisect_left(self.config.token_buckets, plan.num_tokens)]
 
-    def pack(self, plan: StepPlan) -> tuple[PrefillLayout | DecodeLayout, np.ndarray, np.ndarray]:
+    def pack(self, plan: StepPlan) -> tuple[Layout, np.ndarray, np.ndarray]:
         """The bucket, its inputs i32[size], and new pages i32[X, 3] beyond what the bucket carries."""
         layout = self.layout(plan)
-        if isinstance(layout, DecodeLayout):
-            flat, pages = self._pack_decode(plan, layout)
-        else:
+        if isinstance(layout, PrefillLayout):
             flat, pages = self._pack_prefill(plan, layout)
+        else:
+            flat, pages = self._pack_decode(plan, layout)
         return layout, flat, self._put_new_pages(plan, pages)
 
-    def _pack_decode(self, plan: StepPlan, layout: DecodeLayout) -> tuple[np.ndarray, np.ndarray]:
+    def _pack_decode(self, plan: StepPlan, layout: DecodeLayout | SpeculateLayout) -> tuple[np.ndarray, np.ndarray]:
         flat = np.full(layout.size, self.no_slot, np.int32)
-        rounds, slots, pages = layout.views(flat)
+        rounds, slots, *drafted, pages = layout.views(flat)
         rounds[0] = plan.num_rounds
         slots[:len(plan.slots)] = plan.slots
+        for each in drafted:
+            each[:] = plan.num_drafted
         return flat, pages
 
     def _pack_prefill(self, plan: StepPlan, layout: PrefillLayout) -> tuple[np.ndarray, np.ndarray]:

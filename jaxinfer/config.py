@@ -61,6 +61,7 @@ class EngineConfig:
     max_model_len: longest prompt + output. page_size: tokens a page (C). num_pages: pages in the pool (P).
     max_num_seqs: rows that run at once. max_num_batched_tokens: token budget of a step.
     max_decode_rounds: decode rounds fused into one device call while nobody waits.
+    num_speculative_tokens: most tokens drafted for a row in a round; 0 does not speculate.
     max_waiting: requests that may queue before Overloaded.
     """
 
@@ -70,6 +71,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_decode_rounds: int = 8
+    num_speculative_tokens: int = 0
     enable_prefix_caching: bool = True
     max_waiting: int = 4096
     seed: int = 0
@@ -80,6 +82,11 @@ class EngineConfig:
         object.__setattr__(self, "token_buckets", self.token_buckets or token_sizes(self.max_num_batched_tokens))
         object.__setattr__(self, "row_buckets", self.row_buckets or row_sizes(self.max_num_seqs))
         self.validate()
+
+    @property
+    def tokens_a_round(self) -> int:
+        """The most tokens that a row gets in a round of a decode step."""
+        return 1 + self.num_speculative_tokens
 
     @property
     def max_pages_per_row(self) -> int:

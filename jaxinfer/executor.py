@@ -34,7 +34,9 @@ class InFlight:
     """A dispatched step whose results have not been read."""
 
     plan: StepPlan
-    result: jax.Array  # i32[R, W] after prefill (i32[R], no tokens, if no row samples), i32[rounds, R, W] after decode
+    result: jax.Array
+    """After prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode i32[rounds, R, W], after speculation
+    i32[rounds, R, X + 1, W]."""
     scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
 
 
@@ -127,6 +129,8 @@ class Executor:
         if not any(step.plan.samples):
             return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
         form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
+        if array.ndim == 4:  # one token more a round, and so on: as if they were rounds
+            array = array.swapaxes(1, 2).reshape(-1, array.shape[1], array.shape[3])
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         tokens = sampled_tokens(table[:, :, 0])
         logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None

@@ -136,3 +136,42 @@ class DecodeLayout:
         return DecodeFields(slots, slots < self.num_slots, flat[0], flat[end:].reshape(-1, 3))
 
 
+class SpeculateFields(NamedTuple):
+    """A speculative step's inputs on the device."""
+
+    slots: jax.Array  # i32[R]
+    present: jax.Array  # bool[R], False in padding rows
+    num_drafted: jax.Array  # i32[R], proposals wanted a round
+    num_rounds: jax.Array  # i32[]
+    new_pages: jax.Array  # i32[X, 3]
+
+
+@dataclass(frozen=True)
+class SpeculateLayout:
+    """[rounds 1 | slots R | drafted R | new pages X x 3]. num_drafted: most proposals of a row in a round."""
+
+    num_rows: int
+    max_rounds: int
+    num_drafted: int
+    page_size: int
+    num_slots: int
+
+    @cached_property
+    def num_new_pages(self) -> int:
+        """X: pages that R rows can begin in `max_rounds` rounds."""
+        return self.num_rows * (self.max_rounds * (self.num_drafted + 1) // self.page_size + 1)
+
+    @property
+    def size(self) -> int:
+        return 1 + 2 * self.num_rows + 3 * self.num_new_pages
+
+    def views(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Writable views of rounds [1], slots [R], drafted [R] and new pages [X, 3]."""
+        rows, end = 1 + self.num_rows, 1 + 2 * self.num_rows
+        return flat[:1], flat[1:rows], flat[rows:end], flat[end:].reshape(-1, 3)
+
+    def unpack(self, flat: jax.Array) -> SpeculateFields:
+        """flat: i32[size]."""
+        rows, end = 1 + self.num_rows, 1 + 2 * self.num_rows
+        slots = flat[1:rows]
+        return SpeculateFields(slots, slots < self.num_slots, flat[rows:end], flat[0], flat[end:].reshape(-1, 3))

@@ -51,6 +51,8 @@ ENGINE_OPTIONS = (
     Option("num_pages", count, None, "pages in the pool (default: what memory allows)"),
     Option("gpu_memory_utilization", float, 0.9, "share of the accelerator's memory to use"),
     Option("tensor_parallel_size", count, 1, "devices the model is cut over"),
+    Option("draft_model", str, None, "model that proposes tokens, of the same vocabulary (default: no speculation)"),
+    Option("num_speculative_tokens", count, 4, "most tokens that the draft model proposes in a round"),
     Option("enable_prefix_caching", bool, True, "share the pages of equal prompt beginnings"),
     Option("seed", count, 0, "seeds of requests that have none follow from it"),
     Option("max_decode_rounds", count, 8, "decode rounds fused into one device call while nobody waits"),

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import steps
+from jaxinfer import speculative_step, steps
 from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout
+from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout
 from jaxinfer.model import Model
 from jaxinfer.types import SamplerForm
 
@@ -61,7 +61,7 @@ def prefill_key(layout: PrefillLayout) -> Key:
     return ("prefill", layout.num_tokens)
 
 
-def decode_key(layout: DecodeLayout, form: SamplerForm) -> Key:
+def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key:
     return ("decode", layout.num_rows, form)
 
 
@@ -99,20 +99,27 @@ def _placements(signature: Signature) -> Any:
 
 
 def _prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
-    everywhere = signature.replicated
+    everywhere, step = signature.replicated, prefill_function(signature)
     for layout in reversed(signature.batcher.prefill):
         yield prefill_key(layout), Program(
-            f"prefill {layout.num_tokens} tokens", partial(steps.prefill_step, signature.model, layout),
+            f"prefill {layout.num_tokens} tokens", partial(step, signature.model, layout),
             (signature.params, signature.state, signature.host_array(layout.size)), donate=(1,),
             out_shardings=(_placements(signature), everywhere, everywhere))
 
 
+def prefill_function(signature: Signature) -> Callable[..., Any]:
+    speculates = signature.batcher.config.num_speculative_tokens > 0
+    return speculative_step.prefill_step if speculates else steps.prefill_step
+
+
 def _decode(signature: Signature) -> Iterator[tuple[Key, Program]]:
     for layout in reversed(signature.batcher.decode):
+        speculates = isinstance(layout, SpeculateLayout)
+        step = speculative_step.speculate_step if speculates else steps.decode_step
         for form in SamplerForm:
             yield decode_key(layout, form), Program(
-                f"decode {layout.num_rows} rows, {form.name.lower()} sampler",
-                partial(steps.decode_step, signature.model, layout, form),
+                f"{'speculate' if speculates else 'decode'} {layout.num_rows} rows, {form.name.lower()} sampler",
+                partial(step, signature.model, layout, form),
                 (signature.params, signature.state, signature.host_array(layout.size)), donate=(1,),
                 out_shardings=(_placements(signature), signature.replicated))
 
@@ -134,7 +141,7 @@ def _after_prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
 def prefill_results(signature: Signature) -> tuple[Any, Any]:
     """Shapes of what the largest prefill returns beside the state: `steps.Unsampled` and hidden states [T, D]."""
     layout = signature.batcher.prefill[-1]
-    prefill = partial(steps.prefill_step, signature.model, layout)
+    prefill = partial(prefill_function(signature), signature.model, layout)
     _, *results = jax.eval_shape(prefill, signature.params, signature.state, signature.host_array(layout.size))
     unsampled, hidden = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=signature.replicated), results)

@@ -12,7 +12,7 @@ from jaxinfer.types import MAX_LOGPROBS, StepPlan, TokenLogprobs
 class RowLogprobs(Sequence[list[TokenLogprobs]]):
     """Of the sampled tokens of each row, unpacked when asked for: most rows of a step may want none.
 
-    table: i32[rounds, R, W]. tokens: a row's sampled ids, one a round.
+    table: i32[rounds, R, W], -1 first where a row has no token. tokens: a row's sampled ids.
     """
 
     table: np.ndarray
@@ -22,7 +22,8 @@ class RowLogprobs(Sequence[list[TokenLogprobs]]):
         return len(self.tokens)
 
     def __getitem__(self, row: int) -> list[TokenLogprobs]:  # type: ignore[override]
-        return [one_score(self.table[round_, row, 1:], token) for round_, token in enumerate(self.tokens[row])]
+        found = self.table[self.table[:, row, 0] >= 0, row, 1:]
+        return [one_score(packed, token) for packed, token in zip(found, self.tokens[row], strict=True)]
 
 
 def one_score(packed: np.ndarray, token: int) -> TokenLogprobs:

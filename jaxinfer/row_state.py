@@ -21,6 +21,7 @@ class RowState:
     """A slot a row; B = max_num_seqs + 1."""
 
     last_token: jax.Array  # i32[B], sampled, its key and value not yet in the pages
+    token_before: jax.Array  # i32[B], the last one in the pages
     kv_len: jax.Array  # i32[B], tokens whose keys and values are in the pages
     tokens_left: jax.Array  # i32[B], tokens it may still generate
     stopped: jax.Array  # bool[B]
@@ -56,7 +57,8 @@ def empty(max_num_seqs: int, max_pages_per_row: int, placement: jax.sharding.Sha
         min_p=floats(), min_position=ints(),
         stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32, device=placement))
     return RowState(
-        last_token=ints(), kv_len=ints(), tokens_left=ints(), stopped=jnp.ones((slots,), bool, device=placement),
+        last_token=ints(), token_before=ints(), kv_len=ints(), tokens_left=ints(),
+        stopped=jnp.ones((slots,), bool, device=placement),
         page_table=jnp.zeros((slots, max_pages_per_row), jnp.int32, device=placement), sampling=sampling)
 
 
@@ -81,18 +83,41 @@ def append_pages(state: RowState, new_pages: jax.Array) -> RowState:
     return replace(state, page_table=state.page_table.at[slot, index].set(page, mode="drop"))
 
 
-def advance(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Array, tokens: jax.Array) -> RowState:
+def alive(state: RowState, slots: jax.Array, present: jax.Array) -> jax.Array:
+    """bool[R]: the rows at `slots` i32[R] that are `present` bool[R] and have not stopped."""
+    return present & ~state.stopped.at[slots].get(mode="clip")
+
+
+def advance(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Array, computed: jax.Array,
+            tokens: jax.Array) -> RowState:
     """The state after the rows at `slots` i32[R] that are `alive` bool[R] sampled `tokens` i32[R].
 
-    kv_lens: i32[R], lengths in the pages after the step. A row stops at one of its stop ids once past its
-    minimum length, or when it has no tokens left.
+    kv_lens: i32[R], lengths in the pages after the step. computed: i32[R], the last token that is in the pages then. A
+    row stops at one of its stop ids once past its minimum length, or when it has no tokens left.
     """
+    return put_tokens(state, slots, alive, kv_lens, computed, tokens, jnp.ones_like(kv_lens))
+
+
+def advance_many(state: RowState, slots: jax.Array, alive: jax.Array, tokens: jax.Array, count: jax.Array) -> RowState:
+    """`advance` by `count` i32[R] of `tokens` i32[R, X] at once; none but the last of them is a stop id."""
+    index = jnp.arange(slots.shape[0])
+    last = tokens[index, jnp.maximum(count - 1, 0)]
+    before = jnp.where(count > 1, tokens[index, jnp.maximum(count - 2, 0)],
+                       state.last_token.at[slots].get(mode="clip"))
+    kv_lens = state.kv_len.at[slots].get(mode="clip") + count
+    return put_tokens(state, slots, alive, kv_lens, before, last, count)
+
+
+def put_tokens(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax.Array, before: jax.Array,
+               last: jax.Array, count: jax.Array) -> RowState:
+    """`count` i32[R] tokens more, of which `last` i32[R] is not in the pages and `before` i32[R] is."""
     slots = jnp.where(alive, slots, state.kv_len.shape[0])
     stop_ids = state.sampling.stop_ids.at[slots].get(mode="clip")
-    left = state.tokens_left.at[slots].get(mode="clip") - 1
-    hit = jnp.any(stop_ids == tokens[:, None], axis=-1)
+    left = state.tokens_left.at[slots].get(mode="clip") - count
+    hit = jnp.any(stop_ids == last[:, None], axis=-1)
     return replace(state,
-        last_token=state.last_token.at[slots].set(tokens, mode="drop"),
+        last_token=state.last_token.at[slots].set(last, mode="drop"),
+        token_before=state.token_before.at[slots].set(before, mode="drop"),
         kv_len=state.kv_len.at[slots].set(kv_lens, mode="drop"),
         tokens_left=state.tokens_left.at[slots].set(left, mode="drop"),
         stopped=state.stopped.at[slots].set(hit | (left <= 0), mode="drop"))

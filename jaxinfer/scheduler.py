@@ -19,11 +19,11 @@ from jaxinfer.core import Load
 from jaxinfer.errors import InvalidRequest, StepFailed
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
+from jaxinfer.planning import Planning, advance, advance_speculating, short_of_pages
 from jaxinfer.prefix_sharing import PrefixSharing
-from jaxinfer.sequence import NO_SLOT, Sequence, advance, check_running, require, short_of_pages
+from jaxinfer.sequence import NO_SLOT, Sequence, check_running, require
 from jaxinfer.types import (
     Request,
-    RowInit,
     SamplerForm,
     StepKind,
     StepPlan,
@@ -37,19 +37,6 @@ ON_DEVICE: tuple[int, ...] = ()
 """Stands for the one token of a decode row."""
 
 
-class _Draft:
-    """A plan while it is made: decode rows, then chunks as (sequence, first position, end position)."""
-
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.rounds = 1
-        self.decodes: list[Sequence] = []
-        self.chunks: list[tuple[Sequence, int, int]] = []
-        self.init_rows: list[RowInit] = []
-        self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
-        self.lacked_pages = False
-
-
 class Scheduler:
     """Admission, planning and commit. One thread calls it (any may call `load`); plans are committed in their order."""
 
@@ -58,6 +45,7 @@ class Scheduler:
         self.pool = pool
         self.metrics = Metrics(self.load)
         self._clock = clock
+        self._speculates = config.num_speculative_tokens > 0
         self._sharing = PrefixSharing(pool)
         self._waiting: list[Sequence] = []  # both lists are sorted by key: priority, arrival, id, sample
         self._running: list[Sequence] = []
@@ -163,32 +151,36 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, which counts as dispatched; None when nothing can be planned before a commit."""
-        draft = _Draft(self.config.max_num_batched_tokens)
-        self._plan_decodes(draft)
-        self._plan_chunks(draft)
-        if self._waiting and not draft.lacked_pages:
-            self._admit(draft)
-        if draft.chunks:
-            return self._issue_prefill(draft)
-        return self._issue_decode(draft) if draft.decodes else None
+        plan = Planning(self.config.max_num_batched_tokens, self.config.num_speculative_tokens)
+        self._plan_decodes(plan)
+        self._plan_chunks(plan)
+        if self._waiting and not plan.lacked_pages:
+            self._admit(plan)
+        if plan.chunks:
+            return self._issue_prefill(plan)
+        return self._issue_decode(plan) if plan.decodes else None
 
-    def _plan_decodes(self, draft: _Draft) -> None:
+    def _plan_decodes(self, plan: Planning) -> None:
         """One token (or `rounds`) for each running row that is past its prompt, and pages for them."""
-        rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
+        if self._speculates:
+            rows = [seq for seq in self._running if seq.decoding and seq.certain < seq.end]
+        else:
+            rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
         if not rows:
             return
         if self.config.max_decode_rounds > 1 and not self._waiting and not self._num_prefilling:
-            draft.rounds = min(self.config.max_decode_rounds, max(seq.end - seq.planned for seq in rows))
-        short = short_of_pages(rows, draft.rounds)
-        if draft.rounds > 1 and self._num_missing(short, draft.rounds) > self.pool.num_free:
-            draft.rounds = 1
+            left = max(seq.end - (seq.certain if self._speculates else seq.planned) for seq in rows)
+            plan.rounds = min(self.config.max_decode_rounds, left)
+        short = short_of_pages(rows, plan.most_tokens)
+        if plan.most_tokens > 1 and self._num_missing(short, plan.most_tokens) > self.pool.num_free:
+            plan.rounds, plan.num_drafted = 1, 0
             short = short_of_pages(rows, 1)
         if short:
-            rows = self._reserve(draft, rows, short)
-        draft.decodes = rows
-        draft.budget -= len(rows)
+            rows = self._reserve(plan, rows, short)
+        plan.decodes = rows
+        plan.budget -= len(rows)
 
-    def _reserve(self, draft: _Draft, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
+    def _reserve(self, plan: Planning, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
         """Gets pages for the `short` ones, best first; returns the rows that can run.
 
         Recomputing a row needs its tokens, so while a step is in flight a row without pages only stalls. The others
@@ -196,28 +188,28 @@ class Scheduler:
         """
         stalled: set[Sequence] = set()
         for seq in short:
-            while seq.slot != NO_SLOT and not self._grow(draft, seq):
-                draft.lacked_pages = True
+            while seq.slot != NO_SLOT and not self._grow(plan, seq):
+                plan.lacked_pages = True
                 if self._in_flight:
                     stalled.add(seq)
                     break
                 self._preempt(self._running[-1])
         return [seq for seq in rows if seq.slot != NO_SLOT and seq not in stalled]
 
-    def _grow(self, draft: _Draft, seq: Sequence) -> bool:
+    def _grow(self, plan: Planning, seq: Sequence) -> bool:
         """Pages for the row's next rounds; False when the pool has not enough."""
-        pages = self.pool.allocate(1 if draft.rounds == 1 else self._num_missing([seq], draft.rounds))
+        pages = self.pool.allocate(1 if plan.most_tokens == 1 else self._num_missing([seq], plan.most_tokens))
         if pages is None:
             return False
-        draft.new_pages.append((seq.slot, len(seq.pages), tuple(pages)))
+        plan.new_pages.append((seq.slot, len(seq.pages), tuple(pages)))
         seq.pages += pages
         seq.capacity = len(seq.pages) * self.pool.page_size
         return True
 
-    def _num_missing(self, short: Iterable[Sequence], rounds: int) -> int:
-        """Pages that rows which are short of pages need for `rounds` more tokens."""
+    def _num_missing(self, short: Iterable[Sequence], num_tokens: int) -> int:
+        """Pages that rows which are short of pages need for so many more tokens."""
         page_size = self.pool.page_size
-        return sum(-(-min(seq.planned + rounds, seq.end) // page_size) - len(seq.pages) for seq in short)
+        return sum(-(-min(seq.planned + num_tokens, seq.end) // page_size) - len(seq.pages) for seq in short)
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue, in its old place. Its registered pages stay findable until somebody needs them."""
@@ -227,39 +219,41 @@ class Scheduler:
         seq.restart()
         insort(self._waiting, seq, key=by_key)
 
-    def _plan_chunks(self, draft: _Draft) -> None:
+    def _plan_chunks(self, plan: Planning) -> None:
         """The next chunk of each running row that is still in its prompt. It has had its pages since admission."""
         if self._num_prefilling:
             for seq in self._running:
-                if not seq.decoding and draft.budget:
-                    self._plan_chunk(draft, seq)
+                if not seq.decoding and plan.budget:
+                    self._plan_chunk(plan, seq)
 
-    def _plan_chunk(self, draft: _Draft, seq: Sequence) -> None:
+    def _plan_chunk(self, plan: Planning, seq: Sequence) -> None:
         start, known = seq.planned, len(seq.tokens)
-        stop = min(known, start + draft.budget)
+        stop = min(known, start + plan.budget)
         seq.planned = stop
-        draft.budget -= stop - start
-        draft.chunks.append((seq, start, stop))
+        plan.budget -= stop - start
+        plan.chunks.append((seq, start, stop))
         if stop == known:
             seq.decoding = True
+            if self._speculates:
+                seq.take_off(1, 1)
             self._num_prefilling -= 1
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, plan: Planning) -> None:
         """Starts waiting rows in their order, up to the first that finds no slot, budget or pages."""
         started: set[Sequence] = set()
         for seq in self._waiting:
-            if not self._free_slots or not draft.budget:
+            if not self._free_slots or not plan.budget:
                 break
             shared = self._sharing.lookup(seq)
             if shared is None:
                 continue
-            if not self._start(draft, seq, shared):
+            if not self._start(plan, seq, shared):
                 break
             started.add(seq)
         if started:
             self._waiting = [seq for seq in self._waiting if seq not in started]
 
-    def _start(self, draft: _Draft, seq: Sequence, shared: list[int]) -> bool:
+    def _start(self, plan: Planning, seq: Sequence, shared: list[int]) -> bool:
         """Gives the row a slot and pages for all known tokens, and plans its first chunk; False without the pages."""
         fresh = -(-len(seq.tokens) // self.pool.page_size) - len(shared)
         # One page is left for each running row to grow into, or the new row would soon be preempted again.
@@ -275,22 +269,25 @@ class Scheduler:
             seq.stats.scheduled = self._clock()
             seq.stats.num_cached_tokens = seq.planned
             self.metrics.record_start(seq.stats)
-        draft.init_rows.append(seq.row_init())
-        draft.new_pages.append((seq.slot, 0, tuple(pages)))
-        self._plan_chunk(draft, seq)
+        plan.init_rows.append(seq.row_init())
+        plan.new_pages.append((seq.slot, 0, tuple(pages)))
+        self._plan_chunk(plan, seq)
         return True
 
-    def _issue_decode(self, draft: _Draft) -> StepPlan:
-        rows, rounds = draft.decodes, draft.rounds
-        slots, starts, sampler = advance(rows, rounds)
+    def _issue_decode(self, plan: Planning) -> StepPlan:
+        rows, rounds = plan.decodes, plan.rounds
+        slots, starts, sampler = self._advance(rows, rounds, plan.num_drafted)
         return StepPlan(self._fly(rows), StepKind.DECODE, rounds, sampler, tuple(slots), (ON_DEVICE,) * len(rows),
-                        tuple(starts), (True,) * len(rows), (), tuple(draft.new_pages))
+                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=plan.num_drafted)
 
-    def _issue_prefill(self, draft: _Draft) -> StepPlan:
-        rows = list(draft.decodes)
-        slots, starts, sampler = advance(rows, 1)
+    def _advance(self, rows: list[Sequence], rounds: int, num_drafted: int) -> tuple[list[int], list[int], SamplerForm]:
+        return advance_speculating(rows, rounds, num_drafted) if self._speculates else advance(rows, rounds)
+
+    def _issue_prefill(self, plan: Planning) -> StepPlan:
+        rows = list(plan.decodes)
+        slots, starts, sampler = self._advance(rows, 1, 0)
         tokens, samples, following = [ON_DEVICE] * len(rows), [True] * len(rows), [-1] * len(rows)
-        for seq, start, stop in sorted(draft.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1):
+        for seq, start, stop in sorted(plan.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1):
             rows.append(seq)
             slots.append(seq.slot)
             starts.append(start)
@@ -299,9 +296,9 @@ class Scheduler:
             following.append(seq.tokens[stop] if stop < seq.num_prompt else -1)
             if seq.decoding:
                 sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
-        scored = any(seq.scores is not None for seq, _, _ in draft.chunks)
+        scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
         return StepPlan(self._fly(rows), StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
-                        tuple(samples), tuple(draft.init_rows), tuple(draft.new_pages), scored,
+                        tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
                         tuple(following) if scored else ())
 
     def _fly(self, rows: list[Sequence]) -> int:
@@ -328,7 +325,9 @@ class Scheduler:
             tokens, stop_ids, count = seq.tokens, seq.stop_ids, len(ids)
             tokens += ids
             num_tokens += count
-            stops = count != plan.num_rounds or (ids[-1] in stop_ids)
+            if self._speculates:
+                seq.land()
+            stops = count < plan.num_rounds or (ids[-1] in stop_ids)
             if stops or len(tokens) > seq.quiet_until:
                 chunk = self._take_in(seq, ids, stops, now)
             else:  # most rows of most steps

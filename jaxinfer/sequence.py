@@ -21,13 +21,16 @@ class Sequence:
     row is `decoding`: each round computes the token sampled last, which only the device knows. A row that the device
     stops computes less than planned, so `planned` is exact for rows that go on and an upper bound for the others.
     Where it reaches `end`, all max_tokens are certainly sampled and nothing more is planned.
+
+    With speculation a round brings one token or several. `flights` holds, for each step in flight that samples, the
+    fewest and the most tokens it brings; `planned` is the upper bound of all of them, `certain` the lower one.
     """
 
     __slots__ = (  # noqa: RUF023 (grouped by what they tell)
         "request", "request_id", "sample_index", "key", "num_prompt", "end", "stop_ids",  # what was asked for
         "form", "full_below", "num_logprobs", "num_prompt_logprobs",
         "tokens", "scores", "finished", "stats",  # what is known
-        "slot", "pages", "capacity", "planned", "decoding",  # what the running row has
+        "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
@@ -62,6 +65,7 @@ class Sequence:
         self.capacity = 0
         self.planned = 0
         self.decoding = False
+        self.flights: list[tuple[int, int]] = []
         self.registered = 0
         self.register_at = 0
         self.quiet_until = 0
@@ -72,6 +76,24 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Known tokens that no step computes yet."""
         return 0 if self.decoding else len(self.tokens) - self.planned
+
+    @property
+    def certain(self) -> int:
+        """Of a decode row that speculates: tokens that the planned steps compute at least, unless it stops."""
+        return min(len(self.tokens) - 1 + sum(fewest for fewest, _ in self.flights), self.end)
+
+    def take_off(self, fewest: int, most: int) -> None:
+        """A step is planned that samples so many tokens."""
+        self.flights.append((fewest, most))
+        self._bound()
+
+    def land(self) -> None:
+        """The oldest step that samples has brought its tokens."""
+        del self.flights[0]
+        self._bound()
+
+    def _bound(self) -> None:
+        self.planned = min(len(self.tokens) - 1 + sum(most for _, most in self.flights), self.end)
 
     def hold(self, slot: int, pages: list[int], num_computed: int, page_size: int) -> None:
         """The row runs: it has a slot and pages, and `num_computed` tokens came with them."""
@@ -95,28 +117,6 @@ def _sampler_form(request: Request) -> SamplerForm:
     if request.params.logprobs is not None:
         return SamplerForm.FULL
     return SamplerForm.GREEDY if request.params.temperature == 0 else SamplerForm.SIMPLE
-
-
-def advance(rows: list[Sequence], rounds: int) -> tuple[list[int], list[int], SamplerForm]:
-    """Plans `rounds` tokens for decode rows; their slots, their positions before and the sampler they need."""
-    slots = [seq.slot for seq in rows]
-    starts = [seq.planned for seq in rows]
-    sampler = SamplerForm.GREEDY
-    for seq, start in zip(rows, starts, strict=True):
-        if start < seq.full_below:
-            sampler = SamplerForm.FULL
-        elif seq.form > sampler:
-            sampler = seq.form
-        stop = start + rounds
-        seq.planned = stop if stop < seq.end else seq.end  # the hottest line of a plan: no call of min()
-    return slots, starts, sampler
-
-
-def short_of_pages(rows: list[Sequence], rounds: int) -> list[Sequence]:
-    """Those of `rows` whose pages do not hold `rounds` more tokens."""
-    if rounds == 1:
-        return [seq for seq in rows if seq.planned >= seq.capacity]
-    return [seq for seq in rows if min(seq.planned + rounds, seq.end) > seq.capacity]
 
 
 def check_running(seq: Sequence, is_in_flight: bool) -> None:

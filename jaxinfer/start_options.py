@@ -8,10 +8,13 @@ from jaxinfer.errors import InvalidConfig
 INT32_MAX = 2**31 - 1
 """Sizes become i32 on the device."""
 
+MOST_DRAFTED = 15
+"""Attention kernels take rows of up to 16 queries as one item (`tpu_prefill_blocks.MAX_ROW_QUERIES`)."""
+
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
-         "max_waiting")
+         "max_waiting", "num_speculative_tokens")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
-OPTIONAL_TEXTS = ("tokenizer", "attention", "int8_matmul", "compile_cache")
+OPTIONAL_TEXTS = ("tokenizer", "draft_model", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float32", "int8", "fp8")
@@ -33,6 +36,8 @@ class Options:
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    draft_model: str | None = None
+    num_speculative_tokens: int = 4
     enable_prefix_caching: bool = True
     max_decode_rounds: int = 8
     max_waiting: int = 4096
@@ -52,6 +57,9 @@ class Options:
         for name in OPTIONAL_TEXTS:
             if not isinstance(getattr(self, name), str | None):
                 raise InvalidConfig(name, f"must be a string or None, got {getattr(self, name)!r}")
+        if self.num_speculative_tokens > MOST_DRAFTED:
+            raise InvalidConfig("num_speculative_tokens", f"must be at most {MOST_DRAFTED}, got "
+                                f"{self.num_speculative_tokens}: every round computes so many tokens a row")
         if type(self.enable_prefix_caching) is not bool:
             raise InvalidConfig("enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}")
         if self.dtype not in DTYPES:

@@ -30,6 +30,8 @@ from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
+from jaxinfer.draft_pair import DraftPair
+from jaxinfer.drafting import check_draft_model, with_draft_model
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.errors import InvalidConfig, ModelFormatError
@@ -88,6 +90,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     dtype = choose_dtype(options.dtype, folder)
     defaults = GenerationDefaults.from_folder(folder)
     model, chosen = choose_implementations(options, folder, dtype, mesh)
+    max_model_len = choose_max_model_len(options, loading.read_config(folder).max_position_embeddings)
+    check_draft_model(options, folder, max_model_len)
     loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh, quantization=options.quantization)
     tokenizer, template = read_text_files(options, folder)
     loaded_at = time.monotonic()
@@ -95,14 +99,14 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     say(f"loaded {loaded.config.family} with {num_parameters:,} parameters in {loaded_at - began:.1f} s; weights: "
         f"{loaded.quantization or jnp.dtype(dtype).name}, pages: {model.kv_dtype.name}")
     say(f"implementations on {jax.devices()[0].device_kind}:\n{implementations.table(chosen)}")
-    max_model_len = choose_max_model_len(options, loaded.config.max_position_embeddings)
     with compile_cache.open_cache(options.compile_cache) as cache:
         params = implementations.with_matmul(with_kv_scales(model, loaded, tokenizer, say), options.int8_matmul)
-        plan = plan_memory(options, model, params, max_model_len)
+        served, params = with_draft_model(options, model, params, dtype, mesh, say)
+        plan = plan_memory(options, served, params, max_model_len)
         say(f"memory on each device:\n{plan.table()}")
         least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
         config = engine_config(options, max_model_len, plan.num_pages, least)
-        executor = Executor(model, params, config, replicated(mesh))
+        executor = Executor(served, params, config, replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()
     say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
@@ -206,19 +210,20 @@ def engine_config(options: Options, max_model_len: int, num_pages: int, least: S
     return EngineConfig(
         max_model_len=max_model_len, num_pages=num_pages, page_size=options.page_size,
         max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds, max_num_batched_tokens=budget,
+        num_speculative_tokens=options.num_speculative_tokens if options.draft_model else 0,
         token_buckets=least.token_buckets(budget), row_buckets=least.row_buckets(options.max_num_seqs),
         enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
 
 
-def plan_memory(options: Options, model: Decoder, params: Any, max_model_len: int) -> memory.MemoryPlan:
+def plan_memory(options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int) -> memory.MemoryPlan:
     """How the memory of the devices that hold `params` is used."""
     device = jax.tree.leaves(params)[0].devices().pop()
     budget = memory.memory_budget(device, options.gpu_memory_utilization, memory.weight_bytes(params))
     return plan_within(budget, options, model, params, max_model_len, on_cpu=device.platform == "cpu")
 
 
-def plan_within(budget: int, options: Options, model: Decoder, params: Any, max_model_len: int, *, on_cpu: bool
-                ) -> memory.MemoryPlan:
+def plan_within(budget: int, options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int, *,
+                on_cpu: bool) -> memory.MemoryPlan:
     """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest.
 
     On a CPU temporaries are not measured: there the budget is a small share of the memory.
@@ -240,14 +245,14 @@ def plan_within(budget: int, options: Options, model: Decoder, params: Any, max_
         lambda: compile_largest(model, params, engine_config(options, max_model_len, needed, SmallestSteps()))))
 
 
-def compile_largest(model: Decoder, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
+def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
     """The programs with the most temporaries: the largest prefill and the largest decode with the full sampler."""
     declared = programs.declare(abstract_signature(model, params, config))
     largest = [next(key for key in declared if key[0] == kind) for kind in ("prefill", "decode")]
     return [declared[key].compile() for key in largest]
 
 
-def abstract_signature(model: Decoder, params: Any, config: EngineConfig) -> programs.Signature:
+def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> programs.Signature:
     """The signature of an engine whose pages and row state are shapes only: for compiling before they exist.
 
     params: arrays, or the shapes of `params.abstract_params`.

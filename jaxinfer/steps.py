@@ -30,6 +30,7 @@ class Unsampled(NamedTuple):
     """What a prefill step leaves for `sample_step`, row by row."""
 
     hidden: jax.Array  # [R, D], of each row's last token
+    tokens: jax.Array  # i32[R], that token
     slots: jax.Array  # i32[R]
     kv_lens: jax.Array  # i32[R], in the pages after the step; 0 where the row computed nothing
     samples: jax.Array  # bool[R]
@@ -50,7 +51,8 @@ def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: Device
                                      max_q_len=None)
     last = jnp.clip(packed.rows.cu_q_lens[1:] - 1, 0)
     kv_lens = packed.rows.kv_lens
-    unsampled = Unsampled(hidden[last], fields.slots, kv_lens, fields.samples & (kv_lens > 0), fields.form)
+    samples = fields.samples & (kv_lens > 0)
+    unsampled = Unsampled(hidden[last], packed.tokens[last], fields.slots, kv_lens, samples, fields.form)
     return DeviceState(kv_pages, rows), unsampled, hidden
 
 
@@ -62,7 +64,7 @@ def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled)
     logits = model.logits(params, unsampled.hidden)
     slots, kv_lens, samples = unsampled.slots, unsampled.kv_lens, unsampled.samples
     tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form)
-    return row_state.advance(rows, slots, samples, kv_lens, tokens), result
+    return row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens), result
 
 
 class _PackedRows(NamedTuple):
@@ -145,7 +147,7 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
 
     def going(carry):
         round_, state, _ = carry
-        return (round_ < fields.num_rounds) & jnp.any(_alive(state.rows, fields))
+        return (round_ < fields.num_rounds) & jnp.any(row_state.alive(state.rows, fields.slots, fields.present))
 
     def one_round(carry):
         round_, state, results = carry
@@ -157,23 +159,19 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
     return state, results
 
 
-def _alive(rows: RowState, fields) -> jax.Array:
-    return fields.present & ~rows.stopped.at[fields.slots].get(mode="clip")
-
-
 def _decode_round(model, form, params, state: DeviceState, fields, page_indices):
     rows, slots = state.rows, fields.slots
-    alive = _alive(rows, fields)
+    alive = row_state.alive(rows, slots, fields.present)
     num_rows = slots.shape[0]
     positions = rows.kv_len.at[slots].get(mode="clip")
     kv_lens = jnp.where(alive, positions + 1, 0)
     every = jnp.full((3,), num_rows, jnp.int32)
     packed = Rows(kv_lens, page_indices, jnp.arange(num_rows + 1, dtype=jnp.int32), every)
-    tokens = rows.last_token.at[slots].get(mode="clip")
-    hidden, kv_pages = model.forward(params, tokens, positions, state.kv_pages, packed, max_q_len=1)
+    last = rows.last_token.at[slots].get(mode="clip")
+    hidden, kv_pages = model.forward(params, last, positions, state.kv_pages, packed, max_q_len=1)
     logits = model.logits(params, hidden)
     tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form)
-    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, tokens)), result
+    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, last, tokens)), result
 
 
 def score_chunk(model: Model, params: Any, hidden: jax.Array, start: jax.Array, targets: jax.Array) -> jax.Array:

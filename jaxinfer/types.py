@@ -77,7 +77,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     """any ragged mix of prompt chunks and single decode tokens"""
     DECODE = "decode"
-    """every row computes one token a round, `num_rounds` rounds fused on the device"""
+    """every row computes its last token a round, and `num_drafted` proposals; `num_rounds` rounds fused"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,7 @@ class StepPlan:
     new_pages: (slot, index of the first in the row's page table, page ids)
     prompt_logprobs: rows are scored against their own next token; prefill steps only
     next_tokens: per row, the prompt token behind its chunk, -1 where the prompt ends; with prompt_logprobs only
+    num_drafted: proposals wanted for each row in each round; decode steps of an engine that speculates
     """
 
     step_id: int
@@ -130,6 +131,7 @@ class StepPlan:
     new_pages: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     prompt_logprobs: bool = False
     next_tokens: tuple[int, ...] = ()
+    num_drafted: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -156,7 +158,7 @@ class TokenLogprobs:
 class StepResult:
     """What the host learns from one step, in the order of the plan's rows.
 
-    tokens: per row, the sampled ids (one a round at most; fewer when the row stopped).
+    tokens: per row, the sampled ids (at most one a round, and the kept proposals; fewer when the row stopped).
     logprobs: per row a TokenLogprobs for each sampled id, when the FULL sampler ran.
     prompt_logprobs: per row, a TokenLogprobs for each computed prompt position's *next* token.
     """

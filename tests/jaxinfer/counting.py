@@ -35,11 +35,12 @@ def new_engine(executor: Executor, **options) -> Engine:
     return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)), **options)
 
 
-def request(id: str, prompt, max_tokens: int, *, stop_ids=(), priority=0, arrival=0.0, salt="", seed=0,
+def request(id: str, prompt, max_tokens: int, *, stop_ids=(), priority=0, arrival=0.0, salt="", seed=0, given=None,
             **params) -> Request:
-    return Request(id=id, prompt=tuple(prompt), params=SamplingParams(max_tokens=max_tokens, **params),
-                   max_tokens=max_tokens, seed=seed, stop_ids=tuple(stop_ids), priority=priority, arrival=arrival,
-                   cache_salt=salt)
+    """seed: drawn for the request. given: the one that it brought instead."""
+    return Request(id=id, prompt=tuple(prompt), params=SamplingParams(max_tokens=max_tokens, seed=given, **params),
+                   max_tokens=max_tokens, seed=seed if given is None else given, stop_ids=tuple(stop_ids),
+                   priority=priority, arrival=arrival, cache_salt=salt)
 
 
 def counted(request: Request) -> list[int]:

@@ -1,14 +1,19 @@
 """Facts about the compiled programs that speed and memory depend on, read from the programs themselves."""
 
+import re
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
+from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
 from jaxinfer.programs import declare
+from jaxinfer.types import SamplerForm
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -53,3 +58,22 @@ def test_few_programs_are_declared(executor):
     assert len(declare(executor.signature)) == 1 + 3 + 4
     server = EngineConfig(max_model_len=32_768, num_pages=10_000, max_num_seqs=256, max_num_batched_tokens=8192)
     assert len(server.token_buckets) + 3 * len(server.row_buckets) + 4 <= 24
+
+
+def test_draft_verify_accept_and_sample_are_one_program():
+    """Also the pages of both models are written in place, and nothing goes to the host in between."""
+    model = make_decoder(CONFIG, dtype=jnp.float32, page_size=16)
+    params = init_params(CONFIG, dtype=jnp.float32)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    config = replace(ENGINE, num_speculative_tokens=3)
+    executor = Executor(DraftPair(model, model, 3), Pair(params, params), config, place)
+    programs = {key: program for key, program in declare(executor.signature).items() if key[0] == "decode"}
+    assert len(programs) == len(SamplerForm)
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.signature.state))
+    pages = executor.signature.state.kv_pages.target.nbytes
+    for program in programs.values():
+        compiled = program.compile()
+        analysis, text = compiled.memory_analysis(), compiled.as_text()
+        assert analysis.alias_size_in_bytes >= state
+        assert analysis.temp_size_in_bytes < pages / 8
+        assert not re.search(r"\b(infeed|outfeed|send|recv|host)\b|callback", text)

@@ -1,0 +1,177 @@
+"""Speculation in the engine: every answer is what it is without it, whatever the drafter, and both models' pages agree.
+
+Counting models first (answers are known beforehand, and each reads its own pages), then real ones.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+from counting import VOCAB, counted, new_engine, request, small_config
+from counting_mixes import arrivals, check_mix, ids_of, run
+from hypothesis import given, settings
+
+from jaxinfer import loading
+from jaxinfer.config import EngineConfig
+from jaxinfer.draft_pair import DraftPair, Pair
+from jaxinfer.executor import Executor
+from jaxinfer.models import make_decoder
+from jaxinfer.params import init_params
+from jaxinfer.testing import CountingModel
+from jaxinfer.types import StepKind
+
+
+@dataclass(frozen=True)
+class Miscounting(CountingModel):
+    """Counts wrong after every `wrong_each`-th token."""
+
+    wrong_each: int = 1
+
+    def logits(self, params, hidden):
+        last = hidden[:, 0].astype(jnp.int32)
+        step = jnp.where(last % self.wrong_each == 0, 2, 1)
+        return self.peak * jax.nn.one_hot((last + step) % self.vocab_size, self.vocab_size, dtype=jnp.float32)
+
+
+DRAFTERS = {"right": CountingModel(VOCAB), "wrong": Miscounting(VOCAB), "half": Miscounting(VOCAB, wrong_each=3)}
+
+
+def counting_executor(drafter: CountingModel, num_drafted: int, **changes) -> Executor:
+    config = small_config(num_speculative_tokens=num_drafted, **changes)
+    pair = DraftPair(CountingModel(VOCAB), drafter, num_drafted)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    executor = Executor(pair, Pair(*jax.device_put((jnp.float32(0), jnp.float32(0)), place)), config, place)
+    executor.warm_up(workers=2, progress=lambda name: None)
+    return executor
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def executor(request):
+    return counting_executor(DRAFTERS[request.param], 3)
+
+
+@settings(max_examples=60)
+@given(arrivals())
+def test_any_mix_gives_each_request_its_own_answer(executor, mix):
+    """Stop ids, minimum lengths, log-probabilities, priorities, cancels, preemption and prefix hits among them."""
+    check_mix(new_engine(executor), mix)
+
+
+@pytest.mark.parametrize("seed", [None, 11])
+def test_a_right_drafter_is_kept_whole(seed):
+    """k + 1 tokens a round, behind chunked prompts, prefix hits, mixed steps and rounds that kept everything."""
+    executor = counting_executor(DRAFTERS["right"], 3, num_pages=200)
+    engine = new_engine(executor)
+    results = record_results(engine)
+    for index, (length, temperature) in enumerate([(1, 0.0), (40, 0.0), (40, 1.0), (9, 1.0), (45, 0.0)]):
+        engine.add(request(str(index), range(length), 33, temperature=temperature, arrival=float(index), given=seed))
+    chunks = run(engine)
+    for index, length in enumerate((1, 40, 40, 9, 45)):
+        assert ids_of(chunks[str(index), 0]) == [(length + offset) % VOCAB for offset in range(33)]
+    decodes = [(plan, result) for plan, result in results if plan.kind is StepKind.DECODE]
+    assert len(decodes) > 3
+    for plan, result in decodes:
+        for ids in result.tokens:
+            # All proposals of all rounds, but for a row's last step: it ends there.
+            assert len(ids) in (0, plan.num_rounds * 4) or ids[-1] in {(n + 32) % VOCAB for n in (1, 40, 9, 45)}
+
+
+def record_results(engine):
+    found, read = [], engine.runner.read
+
+    class Recorder:
+        dispatch, reset = engine.runner.dispatch, engine.runner.reset
+
+        @staticmethod
+        def read(step):
+            result = read(step)
+            found.append((step.plan, result))
+            return result
+
+    engine.runner = Recorder()
+    return found
+
+
+def test_few_pages_cost_proposals_not_requests():
+    """A pool in which a round of proposals hardly fits: rows fall back to one token a round, and all of them end."""
+    executor = counting_executor(DRAFTERS["half"], 3, num_pages=24)
+    engine = new_engine(executor)
+    requests = [request(str(index), [index], 60, temperature=0.0, arrival=float(index)) for index in range(6)]
+    for one in requests:
+        engine.add(one)
+    chunks = run(engine)
+    assert [ids_of(chunks[one.id, 0]) for one in requests] == [counted(one) for one in requests]
+    assert engine.scheduler.pool.num_held == 0
+
+
+def test_rows_end_exactly_at_their_limits():
+    """One token left, stop ids in the middle of a round, max_tokens that cut a round, the model's last position."""
+    engine = new_engine(counting_executor(DRAFTERS["right"], 3))
+    requests = [request("one", [1, 2], 1), request("two", [1, 2], 2), request("stop", [10], 40, stop_ids=(17,)),
+                request("cut", [20], 7), request("full", range(40), 56)]  # fmt: skip
+    for one in requests:
+        engine.add(one)
+    chunks = run(engine)
+    assert [ids_of(chunks[one.id, 0]) for one in requests] == [counted(one) for one in requests]
+
+
+PAGE = 4
+
+
+@pytest.fixture(scope="module")
+def target(repository):
+    loaded = loading.load_model(repository / "tests" / "data" / "parity" / "llama-tied", dtype=jnp.float32)
+    return make_decoder(loaded.config, dtype=jnp.float32, page_size=PAGE), loaded
+
+
+def real_executor(target, drafter: str | None, num_drafted: int = 0) -> Executor:
+    """The target alone, with itself as its drafter, or with one of random weights."""
+    model, loaded = target
+    config = EngineConfig(
+        max_model_len=64, num_pages=60, page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16, max_decode_rounds=4,
+        num_speculative_tokens=num_drafted, token_buckets=(16,), row_buckets=(4,))  # fmt: skip
+    params = loaded.params
+    if drafter is not None:
+        other = params if drafter == "itself" else init_params(loaded.config, dtype=jnp.float32)
+        model, params = DraftPair(model, model, num_drafted), Pair(params, other)
+    executor = Executor(model, params, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    executor.warm_up(workers=2, progress=lambda name: None)
+    return executor
+
+
+def answers(executor: Executor, requests, together: bool) -> list[list[int]]:
+    engine, found = new_engine(executor), {}
+    for one in requests:
+        engine.add(one)
+        found |= {} if together else run(engine)
+    found |= run(engine)
+    return [ids_of(found[one.id, 0]) for one in requests]
+
+
+@pytest.mark.parametrize(("drafter", "num_drafted"), [("itself", 1), ("itself", 5), ("random", 3)])
+def test_seeded_and_greedy_output_is_that_without_speculation(target, drafter, num_drafted):
+    """Alone and in a full batch, for any number of proposals and a bad drafter."""
+    requests = [
+        request(str(index), [3 + (7 * index + 5 * i) % 250 for i in range(4 + index)], 24, given=index,
+                temperature=0.0 if index % 3 == 0 else 0.9, arrival=float(index), top_k=0 if index % 2 else 40)
+        for index in range(6)
+    ]
+    plain = answers(real_executor(target, None), requests, together=False)
+    speculating = real_executor(target, drafter, num_drafted)
+    assert answers(speculating, requests, together=False) == plain
+    assert answers(speculating, requests, together=True) == plain
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_the_draft_model_has_seen_all_of_every_row(target, given):
+    """A drafter that is its target is kept whole, but for rounding: behind chunks, prefix hits and mixed steps."""
+    engine = new_engine(real_executor(target, "itself", 3))
+    results, shared = record_results(engine), [(11 * i) % 250 + 3 for i in range(20)]
+    for index in range(8):
+        prompt = [*shared[:4 * (index % 5)], index + 3, 5, 9]
+        engine.add(request(str(index), prompt, 21, temperature=0.8 * (index % 2), arrival=float(index), given=given))
+    run(engine)
+    steps = [(plan, ids) for plan, result in results if plan.kind is StepKind.DECODE for ids in result.tokens]
+    whole = sum(len(ids) == plan.num_rounds * 4 for plan, ids in steps)
+    assert len(steps) > 20 and whole + 8 + 2 >= sum(bool(ids) for _, ids in steps)  # 8 rows end, 2 for rounding
