@@ -84,11 +84,6 @@ class EngineConfig:
         self.validate()
 
     @property
-    def tokens_a_round(self) -> int:
-        """The most tokens that a row gets in a round of a decode step."""
-        return 1 + self.num_speculative_tokens
-
-    @property
     def max_pages_per_row(self) -> int:
         """Pages a row of max_model_len tokens needs (M)."""
         return -(-self.max_model_len // self.page_size)
@@ -99,6 +94,8 @@ class EngineConfig:
                      "max_decode_rounds", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.num_speculative_tokens < 0:
+            raise InvalidConfig("num_speculative_tokens", f"must be at least 0, got {self.num_speculative_tokens}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidConfig("max_num_batched_tokens", f"{self.max_num_batched_tokens} is under max_num_seqs "
                                 f"{self.max_num_seqs}: a step could not decode every row; raise it or lower "

@@ -15,17 +15,19 @@ from jaxinfer.models import make_decoder
 from jaxinfer.start_options import Options
 
 
-def check_draft_model(options: Options, target: Path, max_model_len: int) -> None:
+def check_draft_model(options: Options, target: Path, max_model_len: int, dtype: Any, mesh: jax.sharding.Mesh | None
+                      ) -> None:  # fmt: skip
     """Raises InvalidConfig where the draft model cannot serve the target, ModelFormatError where it cannot be read."""
     if options.draft_model is None:
         return
     draft, served = loading.read_config(loading.model_folder(options.draft_model)), loading.read_config(target)
     if draft.vocab_size != served.vocab_size:
         raise InvalidConfig("draft_model", f"{options.draft_model} has {draft.vocab_size} tokens, {options.model} has "
-                            f"{served.vocab_size}; choose one that was trained with the same tokenizer")
+                            f"{served.vocab_size}; choose one with the same vocabulary, of the same padded size")
     if draft.max_position_embeddings < max_model_len:
         raise InvalidConfig("draft_model", f"{options.draft_model} takes {draft.max_position_embeddings} positions, "
                             f"fewer than max_model_len={max_model_len}; lower max_model_len")
+    make_decoder(draft, dtype=dtype, page_size=options.page_size, mesh=mesh)  # can it be cut, and attended to?
 
 
 def with_draft_model(options: Options, target: Model, params: Any, dtype: Any, mesh: jax.sharding.Mesh | None,

@@ -49,8 +49,9 @@ class LLM:
       num_pages: pages in the pool; None takes what memory allows.
       gpu_memory_utilization: share of the accelerator's memory to use for weights, temporaries and pages.
       tensor_parallel_size: devices the model is cut over.
-      draft_model: a smaller model of the same vocabulary that proposes tokens, or "demo-draft" for the shipped one; the
-        target's distribution, and with a seed its very output, stays what it is without. None does not speculate.
+      draft_model: a smaller model of the same vocabulary that proposes tokens, or "demo-draft" for the shipped one. The
+        target's distribution stays what it is, and so does, up to rounding, the output of greedy requests and of those
+        with a seed. None does not speculate.
       num_speculative_tokens: most tokens that the draft model proposes in a round.
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.

@@ -53,5 +53,5 @@ def advance_speculating(rows: list[Sequence], rounds: int, num_drafted: int
 def short_of_pages(rows: list[Sequence], num_tokens: int) -> list[Sequence]:
     """Those of `rows` whose pages do not hold so many more tokens."""
     if num_tokens == 1:
-        return [seq for seq in rows if seq.planned >= seq.capacity]
+        return [seq for seq in rows if seq.planned >= seq.capacity and seq.planned < seq.end]
     return [seq for seq in rows if min(seq.planned + num_tokens, seq.end) > seq.capacity]

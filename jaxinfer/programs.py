@@ -1,7 +1,7 @@
 """The declared set of compiled programs: everything that runs while serving, compiled before ready."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,6 +73,15 @@ def declare(signature: Signature) -> dict[Key, Program]:
     declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
+
+
+def largest(declared: Mapping[Key, Program]) -> list[Key]:
+    """Those with the most temporaries: the largest prefill, the largest decode with the full sampler, and what samples,
+    scores and gives logits behind prefill.
+    """
+    prefill = next(key for key in declared if key[0] == "prefill")
+    decode = next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL)
+    return [prefill, decode, SAMPLE, SCORE, LOGITS]
 
 
 def compiler_options(signature: Signature) -> dict[str, Any] | None:

@@ -142,8 +142,8 @@ class Scheduler:
         del self._running[bisect_left(self._running, seq.key, key=by_key)]
         self._num_prefilling -= not seq.decoding
         heapq.heappush(self._free_slots, seq.slot)
-        if seq.quiet_until:  # all but the token sampled last is computed
-            self._sharing.register(seq, len(seq.tokens) - 1)
+        if seq.quiet_until:  # all but the token sampled last is computed; a draft model may lack the one before
+            self._sharing.register(seq, len(seq.tokens) - 1 - self._speculates)
         self._sharing.leave(seq)
         self.pool.release(seq.pages)
 

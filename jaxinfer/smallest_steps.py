@@ -40,7 +40,7 @@ def smallest_steps(device: Device, weight_format: str | None) -> SmallestSteps:
 
 
 def free_tokens(chip: Chip, weight_format: str | None) -> int:
-    """The largest power of two of tokens whose products with a weight take no longer than to read it (roofline)."""
+    """The largest power of two of tokens whose products take at most LONGER times what reading the weight does."""
     dtype, num_bytes = WEIGHT_DTYPES[weight_format]
     flops = chip.flops_per_second.get(dtype, chip.flops_per_second["bfloat16"])
     tokens = LONGER * num_bytes * flops / (2 * chip.hbm_bytes_per_second)

@@ -9,7 +9,7 @@ INT32_MAX = 2**31 - 1
 """Sizes become i32 on the device."""
 
 MOST_DRAFTED = 15
-"""Attention kernels take rows of up to 16 queries as one item (`tpu_prefill_blocks.MAX_ROW_QUERIES`)."""
+"""Attention on TPUs takes rows of up to 16 queries as one item (`tpu_prefill_blocks.MAX_ROW_QUERIES`)."""
 
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting", "num_speculative_tokens")

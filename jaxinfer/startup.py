@@ -91,7 +91,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     defaults = GenerationDefaults.from_folder(folder)
     model, chosen = choose_implementations(options, folder, dtype, mesh)
     max_model_len = choose_max_model_len(options, loading.read_config(folder).max_position_embeddings)
-    check_draft_model(options, folder, max_model_len)
+    check_draft_model(options, folder, max_model_len, dtype, mesh)
     loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh, quantization=options.quantization)
     tokenizer, template = read_text_files(options, folder)
     loaded_at = time.monotonic()
@@ -246,10 +246,9 @@ def plan_within(budget: int, options: Options, model: Decoder | DraftPair, param
 
 
 def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
-    """The programs with the most temporaries: the largest prefill and the largest decode with the full sampler."""
+    """The programs with the most temporaries."""
     declared = programs.declare(abstract_signature(model, params, config))
-    largest = [next(key for key in declared if key[0] == kind) for kind in ("prefill", "decode")]
-    return [declared[key].compile() for key in largest]
+    return [declared[key].compile() for key in programs.largest(declared)]
 
 
 def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> programs.Signature:

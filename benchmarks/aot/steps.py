@@ -134,11 +134,8 @@ def counted_key(signature: programs.Signature) -> programs.Key:
 def largest(
     declared: dict[programs.Key, programs.Program], signature: programs.Signature
 ) -> dict[programs.Key, programs.Program]:
-    """The largest prefill program, the largest decode program with the full sampler, and the one that is counted."""
-    keys = [next(key for key in declared if key[0] == "prefill")]
-    keys += [next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL)]
-    keys.append(counted_key(signature))
-    return {key: declared[key] for key in keys}
+    """What the memory plan measures, and the decode program that is counted."""
+    return {key: declared[key] for key in (*programs.largest(declared), counted_key(signature))}
 
 
 def verify_program(signature: programs.Signature) -> programs.Program:

@@ -122,7 +122,7 @@ def test_a_lying_drafter_changes_nothing(proposed, lies):
     kept = compiled_accept(every, drafted, rows, jnp.full(DRAWS, 3, jnp.int32), SamplerForm.SIMPLE)
     tokens = np.asarray(kept.tokens)
     assert ((tokens >= -1) & (tokens < VOCAB)).all()
-    if not lies:  # a wrong distribution biases what is trusted; that is why nobody else's is (`trust_draft_probs`)
+    if not lies:  # a wrong distribution biases what is trusted: only a drafter of the engine's own is
         assert chi_square(tokens[:, 0], expected(logits[0])) < LIMIT
 
 

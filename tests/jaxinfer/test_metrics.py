@@ -14,8 +14,9 @@ def make_metrics() -> Metrics:
     return Metrics(lambda: Load(1, 2, 3, 4, 5, 6))
 
 
-def step(kind=StepKind.DECODE, num_rounds=1, tokens=((),)):
-    return SimpleNamespace(kind=kind, num_rounds=num_rounds, tokens=tokens)
+def step(kind=StepKind.DECODE, num_rounds=1, tokens=((),), num_drafted=0):
+    return SimpleNamespace(kind=kind, num_rounds=num_rounds, tokens=tokens, num_drafted=num_drafted,
+                           slots=tuple(range(len(tokens))))
 
 
 @pytest.mark.parametrize("edges", [FIRST_TOKEN_EDGES, INTER_TOKEN_EDGES, REQUEST_EDGES])
@@ -60,6 +61,13 @@ def test_inter_token_time_is_shared_by_the_rounds_of_a_step():
     metrics.record_step(step(), 2, 10.0)
     metrics.record_step(step(num_rounds=4), 8, 12.0)
     assert metrics.inter_token_seconds.sum == pytest.approx(2 * 10.0 + 8 * 0.5)
+
+
+def test_inter_token_time_is_shared_by_what_speculation_gave_a_row():
+    metrics = make_metrics()
+    metrics.record_step(step(), 1, 10.0)
+    metrics.record_step(step(num_rounds=2, num_drafted=3, tokens=((), ())), 12, 13.0)
+    assert metrics.inter_token_seconds.sum == pytest.approx(10.0 + 12 * 0.5)
 
 
 def test_first_tokens_have_no_inter_token_time():

@@ -10,9 +10,10 @@ import pytest
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
+from jaxinfer.memory import measure_temporaries
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
-from jaxinfer.programs import declare
+from jaxinfer.programs import declare, largest
 from jaxinfer.types import SamplerForm
 
 CONFIG = ModelConfig(
@@ -77,3 +78,15 @@ def test_draft_verify_accept_and_sample_are_one_program():
         assert analysis.alias_size_in_bytes >= state
         assert analysis.temp_size_in_bytes < pages / 8
         assert not re.search(r"\b(infeed|outfeed|send|recv|host)\b|callback", text)
+
+
+def test_the_memory_plan_measures_the_programs_with_the_most_temporaries():
+    """With a vocabulary that matters: no program of the engine takes more than those that are measured."""
+    shape = replace(CONFIG, vocab_size=20_000, num_layers=1, windows=(0,))
+    model = make_decoder(shape, dtype=jnp.float32, page_size=16)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    declared = declare(Executor(model, init_params(shape, dtype=jnp.float32), ENGINE, place).signature)
+    needed = {key: measure_temporaries(lambda program=program: [program.compile()])
+              for key, program in declared.items()}
+    assert max(needed.values()) == max(needed[key] for key in largest(declared))
+    assert needed["decode", 8, SamplerForm.FULL] > needed["decode", 8, SamplerForm.GREEDY]
