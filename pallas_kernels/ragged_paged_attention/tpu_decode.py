@@ -235,9 +235,10 @@ def attend_block(refs: Refs, geometry: Geometry, slot, row_slot, end, state, sca
     precision = lax.Precision.HIGHEST if geometry.compute_dtype == jnp.float32 else None
     dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    # 0, which the compiler does not know. Where values lie beside keys they would be read once for both products, and
-    # those of one byte, converted, wait in registers for the second: up to 57 % of the bundles spilled (v5e).
-    zero = end >> 31
+    # Where values lie beside keys they would be read once for both products, and those of one byte, converted, wait in
+    # registers for the second: up to 57 % of the bundles spilled (v5e). So they are read again: what is added is 0,
+    # which the compiler does not know.
+    values_slot = slot + (end >> 31) if geometry.num_parts == 1 else slot
 
     def matrix(part: int, head: int, slot) -> Array:
         pages = refs.kv[slot, :, part, head]
@@ -272,7 +273,7 @@ def attend_block(refs: Refs, geometry: Geometry, slot, row_slot, end, state, sca
     new_state = []
     for tile in tiles:
         m, l, alpha, p = softmax[tile]
-        new_state.append((m, l, state[tile][2] * alpha + products(tile, p, geometry.num_parts - 1, 0, slot + zero)))
+        new_state.append((m, l, state[tile][2] * alpha + products(tile, p, geometry.num_parts - 1, 0, values_slot)))
     return tuple(new_state)
 
 
