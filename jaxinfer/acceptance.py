@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.noise import Use, first_largest_with_noise, keys_for, uniform
-from jaxinfer.sampling import SamplingRows, distribution, sample
+from jaxinfer.noise import Use, first_largest, first_largest_with_noise, keys_for, uniform
+from jaxinfer.sampling import SamplingRows, distribution
 from jaxinfer.types import SamplerForm
 
 
@@ -54,12 +54,14 @@ def accept(logits: jax.Array, drafted: Drafted, rows: SamplingRows, positions: j
     """
     num_rows, width, vocab_size = logits.shape
     every = positions[:, None] + jnp.arange(width, dtype=jnp.int32)
-    many = repeated(rows, width)
-    own = sample(logits.reshape(-1, vocab_size), many, every.reshape(-1), form).reshape(num_rows, width)
-    same = drafted.tokens == own[:, :-1]
     if form is SamplerForm.GREEDY:
-        return keep(same, drafted, own)
-    targets = distribution(logits.reshape(-1, vocab_size), many, every.reshape(-1), form).reshape(logits.shape)
+        own = first_largest(logits.reshape(-1, vocab_size)).reshape(num_rows, width)
+        return keep(drafted.tokens == own[:, :-1], drafted, own)
+    many = repeated(rows, width)
+    targets = distribution(logits.reshape(-1, vocab_size), many, every.reshape(-1), form)
+    own = first_largest_with_noise(targets, many.temperature == 0.0, many.key, every.reshape(-1))
+    own, targets = own.reshape(num_rows, width), targets.reshape(logits.shape)
+    same = drafted.tokens == own[:, :-1]
     kept = jnp.where(by_noise(rows)[:, None], same, passes(targets, drafted, rows, every, form))
     at = num_kept(kept, drafted)
     recovered = recover(targets, drafted, rows, at, positions + at, form)
