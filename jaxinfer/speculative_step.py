@@ -51,18 +51,10 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
     page_indices = rows.page_table.at[fields.slots].get(mode="clip")
     shape = (layout.max_rounds, layout.num_rows, layout.num_drafted + 1, result_width(form))
 
-    def going(carry):
-        round_, state, _ = carry
-        return (round_ < fields.num_rounds) & jnp.any(row_state.alive(state.rows, fields.slots, fields.present))
+    def one_round(state):
+        return speculate_round(pair, form, params, state, fields, page_indices)
 
-    def one_round(carry):
-        round_, state, results = carry
-        state, result = speculate_round(pair, form, params, state, fields, page_indices)
-        return round_ + 1, state, results.at[round_].set(result)
-
-    start = (jnp.int32(0), DeviceState(state.kv_pages, rows), jnp.full(shape, -1, jnp.int32))
-    _, state, results = jax.lax.while_loop(going, one_round, start)
-    return state, results
+    return steps.fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
 
 
 def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,

@@ -4,6 +4,7 @@ Host inputs arrive as one flat i32 array a step (`layout.py` says what lies wher
 since every array that crosses costs a transfer.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -145,17 +146,25 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
     page_indices = rows.page_table.at[fields.slots].get(mode="clip")
     shape = (layout.max_rounds, layout.num_rows, result_width(form))
 
+    def one_round(state):
+        return _decode_round(model, form, params, state, fields, page_indices)
+
+    return fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
+
+
+def fused_rounds(one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array]], state: DeviceState, fields: Any,
+                 shape: tuple[int, ...]) -> tuple[DeviceState, jax.Array]:
+    """Rounds until `fields.num_rounds` or until every row has stopped; results i32[shape], -1 where none ran."""
     def going(carry):
         round_, state, _ = carry
         return (round_ < fields.num_rounds) & jnp.any(row_state.alive(state.rows, fields.slots, fields.present))
 
-    def one_round(carry):
+    def next_round(carry):
         round_, state, results = carry
-        state, result = _decode_round(model, form, params, state, fields, page_indices)
+        state, result = one_round(state)
         return round_ + 1, state, results.at[round_].set(result)
 
-    start = (jnp.int32(0), DeviceState(state.kv_pages, rows), jnp.full(shape, -1, jnp.int32))
-    _, state, results = jax.lax.while_loop(going, one_round, start)
+    _, state, results = jax.lax.while_loop(going, next_round, (jnp.int32(0), state, jnp.full(shape, -1, jnp.int32)))
     return state, results
 
 
