@@ -1,12 +1,15 @@
 """Settings of the whole suite. Must stay free of jax: the flags below only count before jax starts."""
 
+import gc
 import os
+import sys
 
 # Eight virtual CPU devices for the tests of tensor parallelism. Measured: they cost single-device tests nothing.
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,17 @@ def repository() -> Path:
 def private_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's own compile cache; a test that is about the cache names its folder."""
     monkeypatch.setenv("JAXINFER_COMPILE_CACHE", "off")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_files() -> Iterator[None]:
+    """Frees the programs that a file compiled. Each maps memory of its own, 10 times or more, and a process with more
+    than vm.max_map_count maps (65,530) dies: one that had half the suite behind it did.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

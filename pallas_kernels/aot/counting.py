@@ -21,12 +21,15 @@ class Executed:
     execution: Execution
 
 
-def execute_calls(folder: Path | str, chip: str, calls: Iterable[tuple[str, dict[int, np.ndarray]]]) -> list[Executed]:
+def execute_calls(
+    folder: Path | str, chip: str, calls: Iterable[tuple[str, dict[int, np.ndarray]]], *, with_fusions: bool = True
+) -> list[Executed]:
     """Executes what libtpu dumped into a folder.
 
     Args:
       chip: as in `targets` ("v6e").
       calls: name and integer operands of each call of a kernel, in order (`kernel_operands`).
+      with_fusions: also the fusions that XLA puts around the kernels.
 
     Raises ValueError for a call whose kernel was not dumped, and as `tpu_execution.execute`.
     """
@@ -36,6 +39,8 @@ def execute_calls(folder: Path | str, chip: str, calls: Iterable[tuple[str, dict
         # "write_new_kv.1.args_6_" is the first call of write_new_kv, whose result is the seventh operand of another.
         name = re.sub(r"\.\d+(\..*)?$", "", schedule.kernel)
         index = next((i for i, (call, _) in enumerate(left) if call == name), None)
+        if index is None and not with_fusions:
+            continue
         known = left.pop(index)[1] if index is not None else {}
         executed.append(Executed(index is not None, schedule, execute(schedule, known)))
     if left:

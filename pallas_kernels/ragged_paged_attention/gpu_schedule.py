@@ -5,7 +5,7 @@ from static sizes alone, so that its bytes do not depend on the other rows; whic
 follows from all lengths, so that every block gets the same share of tiles.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -115,6 +115,9 @@ def make_decode_schedule(
     blocks: DecodeBlocks,
 ) -> DecodeSchedule:
     """The units of the rows [0, distribution[2]), or with `all_rows` False of those with one query."""
+    # No row of the table's width has more, and partial results have memory for all.
+    longest = page_indices.shape[1] * page_size
+    blocks = replace(blocks, max_splits=min(blocks.max_splits, -(-longest // blocks.split_tokens)))
     kv_lens, cu_q_lens = jnp.asarray(kv_lens), jnp.asarray(cu_q_lens)
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     active = (kv_lens > 0) & (row < distribution[2])

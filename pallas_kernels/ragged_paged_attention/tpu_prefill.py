@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.contract import Options
-from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import QUERY_ROWS
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import QUERY_ROWS, capped
 from pallas_kernels.ragged_paged_attention.tpu_prefill_kernel import LOG2_E, Geometry, Stages, kernel
 from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
     LANES,
@@ -54,7 +54,7 @@ def attend_many(
 
 
 def geometry(queries: jax.Array, kv_pages: jax.Array, schedule: PrefillSchedule, options: Options) -> Geometry:
-    blocks = schedule.blocks
+    blocks = schedule.blocks if options.soft_cap is None else capped(schedule.blocks)
     _, _, num_kinds, num_kv_heads, page_size, _ = kv_pages.shape
     group = queries.shape[1] // num_kv_heads
     by_row = schedule.tokens is not None

@@ -26,6 +26,8 @@ from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
 NUM_GROUPS = 3  # one being read ahead, one being merged, one being written
 # Of groups of few slots some heads are merged together: what one waits for, others fill.
 HEADS_AT_ONCE, SHORT = 4, 32
+# More rows than that are merged in parts: with 256 of int8 registers spilled (v5p).
+ROWS_AT_ONCE = 64
 
 
 class Refs(NamedTuple):
@@ -105,8 +107,8 @@ def merge(refs: Refs, it: Item, index) -> None:
     """
     num_kinds, num_heads, size, width = refs.groups.shape[1:]
     dtype, window_size = refs.groups.dtype, refs.windows.shape[3]
-    at = lax.broadcasted_iota(jnp.int32, (size, LANES), 0)
-    written = (at >= it.low) & (at < it.high)
+    step = min(size, ROWS_AT_ONCE)
+    at = lax.broadcasted_iota(jnp.int32, (step, LANES), 0)
     at_once = math.gcd(num_heads, HEADS_AT_ONCE if size <= SHORT else 1)
     parts = list(itertools.product(range(at_once), range(num_kinds), range(width // LANES)))
 
@@ -115,11 +117,13 @@ def merge(refs: Refs, it: Item, index) -> None:
             k, lanes = i * at_once + j, slice(line * LANES, (line + 1) * LANES)
             window = refs.windows[lax.rem(index, 2), s, k, :, lanes].astype(jnp.float32)
             refs.shifted[s, k, line, pl.ds(size, window_size), :] = window
-        for j, s, line in parts:
-            k, lanes = i * at_once + j, slice(line * LANES, (line + 1) * LANES)
-            new = refs.shifted[s, k, line, pl.ds(size + it.shift, size), :]
-            old = refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes]
-            refs.groups[lax.rem(index, NUM_GROUPS), s, k, :, lanes] = select(written, new.astype(dtype), old)
+        for (j, s, line), first in itertools.product(parts, range(0, size, step)):
+            k, lanes, rows = i * at_once + j, slice(line * LANES, (line + 1) * LANES), pl.ds(first, step)
+            new = refs.shifted[s, k, line, pl.ds(size + it.shift + first, step), :]
+            old = refs.groups[lax.rem(index, NUM_GROUPS), s, k, rows, lanes]
+            written = (at >= it.low - first) & (at < it.high - first)
+            merged = select(written, new.astype(dtype), old)
+            refs.groups[lax.rem(index, NUM_GROUPS), s, k, rows, lanes] = merged
 
     lax.fori_loop(0, num_heads // at_once, heads, None)
 

@@ -45,7 +45,7 @@ def compile_candidate(
     calls = [(each.name, each.known()) for each in kernel_calls(call.function, *call.arguments, mesh=mesh)]
     program_of(operation, call).compile(mesh)
     # The fusions around the kernel are the same for every candidate.
-    executed = [each for each in execute_calls(dump_folder, target_name.partition(":")[0], calls) if each.is_kernel]
+    executed = execute_calls(dump_folder, target_name.partition(":")[0], calls, with_fusions=False)
     bundles = sum(each.execution.bundles for each in executed)
     # Bytes of one core, which has its share of the bandwidth.
     num_bytes = sum(each.execution.bytes_in + each.execution.bytes_out for each in executed) * where.chip.num_cores

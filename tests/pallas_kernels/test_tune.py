@@ -15,7 +15,12 @@ from pallas_kernels.ragged_paged_attention import gpu, gpu_blocks, gpu_units, tp
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec
 from pallas_kernels.ragged_paged_attention.gpu_prefill_unit import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.tpu_decode import DecodeBlocks
-from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import default_units, prefill_blocks, prefill_key
+from pallas_kernels.ragged_paged_attention.tpu_prefill_blocks import (
+    capped,
+    default_units,
+    prefill_blocks,
+    prefill_key,
+)
 from pallas_kernels.tune import __main__ as tool
 from pallas_kernels.tune import timing
 from pallas_kernels.tune.calls import Call
@@ -124,18 +129,17 @@ def test_shapes_that_no_class_has_are_named(shapes, tmp_path):
 # What the kernel makes of the file.
 
 
-def pages(num_kv_heads: int, dtype: str, page_size: int = 16) -> jax.Array:
-    shape = tpu.kv_pages_shape(1, 1, page_size, num_kv_heads, 128, dtype)
+def pages(num_kv_heads: int, dtype: str, page_size: int = 16, head_dim: int = 128) -> jax.Array:
+    shape = tpu.kv_pages_shape(1, 1, page_size, num_kv_heads, head_dim, dtype)
     return jax.eval_shape(lambda: jnp.zeros(shape, dtype))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("entry", tuning.read(DECODE.name), ids=lambda entry: f"{entry.device} {dict(entry.key)}")
 def test_the_kernel_takes_what_was_tuned_for_the_call(entry: Entry):
-    num_kv_heads, page_size = int(str(entry.key["heads"]).split(" x ")[0]), int(entry.key["page_size"])
-    found = tpu.decode_blocks(
-        pages(num_kv_heads, str(entry.key["kv_dtype"]), page_size), int(entry.key["max_context"]) // page_size,
-        Device("tpu", entry.device),
-    )  # fmt: skip
+    num_kv_heads, head_dim = (int(size) for size in str(entry.key["heads"]).split(" x "))
+    page_size, max_context = int(entry.key["page_size"]), int(entry.key["max_context"])
+    like = pages(num_kv_heads, str(entry.key["kv_dtype"]), page_size, head_dim)
+    found = tpu.decode_blocks(like, max_context // page_size, Device("tpu", entry.device))
     assert found == DecodeBlocks(**entry.blocks)
     assert entry.provenance.split()[1] in ("predicted", "measured")
 
@@ -145,6 +149,7 @@ def test_prefill_reads_its_file_for_tiles_and_has_a_rule_for_the_rest(monkeypatc
     rule, wide = prefill_blocks(spec), prefill_blocks(replace(spec, device=V6E))
     assert (rule.rows, wide.rows) == (64, 128), "by the width of the matrix unit"
     assert prefill_blocks(replace(spec, head_dim=256)).rows == 32
+    assert capped(rule) == rule and capped(wide) == replace(wide, masked=256), "what a soft cap leaves registers for"
     blocks = default_units(spec.device, 128) | {"rows": 16}
     key = prefill_key(32, 8, 128, "bfloat16", 16)
     monkeypatch.setattr(tuning, "read", lambda name: (Entry(spec.device.kind, key, blocks),) * (name == PREFILL.name))
@@ -193,7 +198,7 @@ def test_attention_on_a_gpu_takes_what_was_tuned_for_the_call(monkeypatch):
         GPU_PREFILL.name: (Entry("NVIDIA H200", gpu_blocks.prefill_key(128, "int8", 4, 16), asdict(tiles)),),
     }
     monkeypatch.setattr(tuning, "read", lambda operation: files[operation])
-    rows = (np.full(32, 9, np.int32), np.zeros((32, 4), np.int32), np.arange(33, dtype=np.int32), np.full(3, 32))
+    rows = (np.full(32, 9, np.int32), np.zeros((32, 2048), np.int32), np.arange(33, dtype=np.int32), np.full(3, 32))
     schedule = gpu.make_schedule(*rows, num_tokens=32, spec=spec)
     assert schedule.few is not None and schedule.few.blocks == blocks
     for num_rows in (1, 256):

@@ -51,6 +51,18 @@ def walk(schedule) -> list[list[tuple[int, int, int]]]:
     return walks
 
 
+def test_partial_results_have_memory_for_the_splits_of_the_longest_row_and_no_more():
+    lens = np.full(NUM_ROWS, PAGE_SIZE * NUM_PAGES_A_ROW, np.int32)
+    pages = np.zeros((NUM_ROWS, NUM_PAGES_A_ROW), np.int32)
+    made = gpu_schedule.make_decode_schedule(
+        lens, pages, np.arange(NUM_ROWS + 1, dtype=np.int32), np.full(3, NUM_ROWS, np.int32), num_tokens=NUM_ROWS,
+        num_kv_heads=NUM_KV_HEADS, page_size=PAGE_SIZE, queries=1, all_rows=True,
+        blocks=replace(BLOCKS, split_tokens=256, max_splits=32),
+    )  # fmt: skip
+    assert made.blocks.max_splits == 3, "640 tokens in splits of 256"
+    assert (made.rows[:, gpu_schedule.SPLITS] == 3).all()
+
+
 lengths = st.lists(st.one_of(st.just(0), st.integers(1, PAGE_SIZE * NUM_PAGES_A_ROW)), min_size=NUM_ROWS,
                    max_size=NUM_ROWS)  # fmt: skip
 
