@@ -37,6 +37,11 @@ class Batcher:
         return DecodeLayout(num_rows, config.max_decode_rounds, config.page_size, config.max_num_seqs)
 
     @property
+    def speculate(self) -> tuple[SpeculateLayout, ...]:
+        """Those of `decode` that speculate: all or none."""
+        return tuple(layout for layout in self.decode if isinstance(layout, SpeculateLayout))
+
+    @property
     def no_slot(self) -> int:
         """A slot out of range: reads give the scratch slot, writes are dropped."""
         return self.config.max_num_seqs + 1
@@ -64,7 +69,8 @@ class Batcher:
         rounds[0] = plan.num_rounds
         slots[:len(plan.slots)] = plan.slots
         for each in drafted:
-            each[:] = plan.num_drafted
+            each[:] = 0
+            each[:len(plan.num_drafted)] = plan.num_drafted
         return flat, pages
 
     def _pack_prefill(self, plan: StepPlan, layout: PrefillLayout) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Runs plans on the device: packs, calls the compiled program, reads the one result array back."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer import row_state, steps
+from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher
 from jaxinfer.config import EngineConfig
-from jaxinfer.layout import PrefillLayout, result_width
+from jaxinfer.draft_lengths import Seconds
+from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
@@ -54,9 +56,10 @@ class Executor:
         self._state: Any = self._new_state()
 
     def _new_state(self) -> steps.DeviceState:
-        config = self.config
-        rows = row_state.empty(config.max_num_seqs, config.max_pages_per_row, self._replicated)
-        return steps.DeviceState(self._model.new_pages(config.num_pages, config.page_size), rows)
+        return steps.DeviceState(self._model.new_pages(self.config.num_pages, self.config.page_size), self._no_rows())
+
+    def _no_rows(self) -> row_state.RowState:
+        return row_state.empty(self.config.max_num_seqs, self.config.max_pages_per_row, self._replicated)
 
     def reset(self) -> None:
         """Fresh pages and row state, after a failed step has taken the donated ones along."""
@@ -80,6 +83,20 @@ class Executor:
         """Compiles every declared program; returns how many."""
         self._programs = compile_all(declare(self.signature), workers, progress)
         return len(self._programs)
+
+    def measure_rounds(self) -> Seconds:
+        """What decode rounds take with and without proposals; for an engine that speculates, before it serves."""
+        found = round_seconds.measure(self.config, self._batcher.speculate, self._timed)
+        self._state = self._state._replace(rows=self._no_rows())
+        return found
+
+    def _timed(self, layout: SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
+        busy = round_seconds.busy_rows(self.config, self._replicated)
+        state, flat = jax.block_until_ready((self._state._replace(rows=busy), self._put(inputs)))
+        began = time.perf_counter()
+        self._state, result = self._programs[decode_key(layout, form)](self._params, state, flat)
+        result.block_until_ready()
+        return time.perf_counter() - began
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts the step and returns at once; the arrays in the result are futures."""
@@ -129,12 +146,14 @@ class Executor:
         if not any(step.plan.samples):
             return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
         form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
+        round_counts = []
         if array.ndim == 4:  # one token more a round, and so on: as if they were rounds
+            round_counts = tokens_of_rounds(array[:, :len(step.plan.slots), :, 0])
             array = array.swapaxes(1, 2).reshape(-1, array.shape[1], array.shape[3])
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         tokens = sampled_tokens(table[:, :, 0])
         logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
-        return StepResult(tokens, logprobs, self._read_scores(step))
+        return StepResult(tokens, logprobs, self._read_scores(step), round_counts)
 
     def _read_scores(self, step: InFlight) -> list[list[TokenLogprobs]] | None:
         return read_scores(step.plan, [np.asarray(chunk) for chunk in step.scores]) if step.scores else None
@@ -165,6 +184,11 @@ def run_prefill(programs: Mapping[Key, Any], layout: PrefillLayout, params: Any,
         return state, unsampled.kv_lens, hidden
     rows, result = programs[SAMPLE](params, state.rows, unsampled)
     return state._replace(rows=rows), result, hidden
+
+
+def tokens_of_rounds(ids: np.ndarray) -> list[list[int]]:
+    """How many tokens of i32[rounds, R, X + 1] are not -1, of each row in each round that it took part in."""
+    return [[count for count in row if count] for row in (ids >= 0).sum(axis=2).T.tolist()]
 
 
 def sampled_tokens(ids: np.ndarray) -> list[list[int]]:

@@ -116,7 +116,7 @@ class Metrics:
             self.decode_steps += 1
         self.generated_tokens += num_tokens
         if num_tokens > self._num_first:
-            # With speculation a row gets more than a token a round.
+            # With proposals a row gets more than a token a round.
             a_row = num_tokens / len(plan.slots) if plan.num_drafted else plan.num_rounds
             self.inter_token_seconds.observe((now - self._last_commit) / max(a_row, 1), num_tokens - self._num_first)
         self._last_commit, self._num_first = now, 0

@@ -1,5 +1,7 @@
 """A plan while it is made, and what planning does to its decode rows. No jax here."""
 
+from collections.abc import Iterable
+
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import RowInit, SamplerForm
 
@@ -7,20 +9,24 @@ from jaxinfer.types import RowInit, SamplerForm
 class Planning:
     """Decode rows, then chunks as (sequence, first position, end position)."""
 
-    def __init__(self, budget: int, num_drafted: int):
+    def __init__(self, budget: int):
         self.budget = budget
         self.rounds = 1
-        self.num_drafted = num_drafted
+        self.drafts = False
         self.decodes: list[Sequence] = []
         self.chunks: list[tuple[Sequence, int, int]] = []
         self.init_rows: list[RowInit] = []
         self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
         self.lacked_pages = False
 
-    @property
-    def most_tokens(self) -> int:
+    def most_tokens(self, seq: Sequence) -> int:
         """That a decode row gets."""
-        return self.rounds * (1 + self.num_drafted)
+        return self.rounds * (1 + seq.num_drafted) if self.drafts else self.rounds
+
+    @property
+    def is_least(self) -> bool:
+        """Whether no decode row could get less."""
+        return self.rounds == 1 and not self.drafts
 
 
 def advance(rows: list[Sequence], rounds: int) -> tuple[list[int], list[int], SamplerForm]:
@@ -38,20 +44,30 @@ def advance(rows: list[Sequence], rounds: int) -> tuple[list[int], list[int], Sa
     return slots, starts, sampler
 
 
-def advance_speculating(rows: list[Sequence], rounds: int, num_drafted: int
+def advance_speculating(rows: list[Sequence], rounds: int, drafts: bool
                         ) -> tuple[list[int], list[int], SamplerForm]:
-    """`advance` where a round brings up to `num_drafted` tokens more."""
+    """`advance` where a round brings up to `Sequence.num_drafted` tokens more."""
     slots = [seq.slot for seq in rows]
     starts = [seq.planned for seq in rows]
     sampler = max((SamplerForm.FULL if seq.certain < seq.full_below else seq.form for seq in rows),
                   default=SamplerForm.GREEDY)
     for seq in rows:
-        seq.take_off(rounds, rounds * (1 + num_drafted))
+        seq.take_off(rounds, rounds * (1 + seq.num_drafted * drafts))
     return slots, starts, sampler
 
 
-def short_of_pages(rows: list[Sequence], num_tokens: int) -> list[Sequence]:
-    """Those of `rows` whose pages do not hold so many more tokens."""
-    if num_tokens == 1:
+def most_left(rows: list[Sequence], *, speculating: bool) -> int:
+    """Tokens that a row may still have to compute, at most."""
+    return max(seq.end - (seq.certain if speculating else seq.planned) for seq in rows)
+
+
+def short_of_pages(plan: Planning, rows: list[Sequence]) -> list[Sequence]:
+    """Those of `rows` whose pages do not hold the tokens that the plan gives them."""
+    if plan.is_least:
         return [seq for seq in rows if seq.planned >= seq.capacity and seq.planned < seq.end]
-    return [seq for seq in rows if min(seq.planned + num_tokens, seq.end) > seq.capacity]
+    return [seq for seq in rows if min(seq.planned + plan.most_tokens(seq), seq.end) > seq.capacity]
+
+
+def num_missing(plan: Planning, short: Iterable[Sequence], page_size: int) -> int:
+    """Pages that rows which are short of pages need for those tokens."""
+    return sum(-(-min(seq.planned + plan.most_tokens(seq), seq.end) // page_size) - len(seq.pages) for seq in short)

@@ -10,27 +10,20 @@ tokens is an upper bound then, exact for every row that the device does not stop
 import heapq
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from operator import attrgetter
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.core import Load
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.errors import InvalidRequest, StepFailed
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
-from jaxinfer.planning import Planning, advance, advance_speculating, short_of_pages
+from jaxinfer.planning import Planning, advance, advance_speculating, most_left, num_missing, short_of_pages
 from jaxinfer.prefix_sharing import PrefixSharing
 from jaxinfer.sequence import NO_SLOT, Sequence, check_running, require
-from jaxinfer.types import (
-    Request,
-    SamplerForm,
-    StepKind,
-    StepPlan,
-    StepResult,
-    TokenChunk,
-    TokenLogprobs,
-)
+from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk, TokenLogprobs
 
 by_key = attrgetter("key")
 ON_DEVICE: tuple[int, ...] = ()
@@ -40,12 +33,13 @@ ON_DEVICE: tuple[int, ...] = ()
 class Scheduler:
     """Admission, planning and commit. One thread calls it (any may call `load`); plans are committed in their order."""
 
-    def __init__(self, config: EngineConfig, pool: PagePool, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, config: EngineConfig, pool: PagePool, clock: Callable[[], float] = time.monotonic,
+                 drafts: DraftLengths | None = None):
         self.config = config
         self.pool = pool
         self.metrics = Metrics(self.load)
         self._clock = clock
-        self._speculates = config.num_speculative_tokens > 0
+        self._drafts = drafts or DraftLengths.of(config)
         self._sharing = PrefixSharing(pool)
         self._waiting: list[Sequence] = []  # both lists are sorted by key: priority, arrival, id, sample
         self._running: list[Sequence] = []
@@ -143,7 +137,7 @@ class Scheduler:
         self._num_prefilling -= not seq.decoding
         heapq.heappush(self._free_slots, seq.slot)
         if seq.quiet_until:  # all but the token sampled last is computed; a draft model may lack the one before
-            self._sharing.register(seq, len(seq.tokens) - 1 - self._speculates)
+            self._sharing.register(seq, len(seq.tokens) - 1 - (self._drafts is not None))
         self._sharing.leave(seq)
         self.pool.release(seq.pages)
 
@@ -151,7 +145,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, which counts as dispatched; None when nothing can be planned before a commit."""
-        plan = Planning(self.config.max_num_batched_tokens, self.config.num_speculative_tokens)
+        plan = Planning(self.config.max_num_batched_tokens)
         self._plan_decodes(plan)
         self._plan_chunks(plan)
         if self._waiting and not plan.lacked_pages:
@@ -162,19 +156,21 @@ class Scheduler:
 
     def _plan_decodes(self, plan: Planning) -> None:
         """One token (or `rounds`) for each running row that is past its prompt, and pages for them."""
-        if self._speculates:
+        if self._drafts:
             rows = [seq for seq in self._running if seq.decoding and seq.certain < seq.end]
         else:
             rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
         if not rows:
             return
         if self.config.max_decode_rounds > 1 and not self._waiting and not self._num_prefilling:
-            left = max(seq.end - (seq.certain if self._speculates else seq.planned) for seq in rows)
-            plan.rounds = min(self.config.max_decode_rounds, left)
-        short = short_of_pages(rows, plan.most_tokens)
-        if plan.most_tokens > 1 and self._num_missing(short, plan.most_tokens) > self.pool.num_free:
-            plan.rounds, plan.num_drafted = 1, 0
-            short = short_of_pages(rows, 1)
+            plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
+        if self._drafts:
+            self._drafts.choose(rows, plan.rounds)
+            plan.drafts = True
+        short = short_of_pages(plan, rows)
+        if not plan.is_least and num_missing(plan, short, self.pool.page_size) > self.pool.num_free:
+            plan.rounds, plan.drafts = 1, False
+            short = short_of_pages(plan, rows)
         if short:
             rows = self._reserve(plan, rows, short)
         plan.decodes = rows
@@ -198,18 +194,13 @@ class Scheduler:
 
     def _grow(self, plan: Planning, seq: Sequence) -> bool:
         """Pages for the row's next rounds; False when the pool has not enough."""
-        pages = self.pool.allocate(1 if plan.most_tokens == 1 else self._num_missing([seq], plan.most_tokens))
+        pages = self.pool.allocate(1 if plan.is_least else num_missing(plan, [seq], self.pool.page_size))
         if pages is None:
             return False
         plan.new_pages.append((seq.slot, len(seq.pages), tuple(pages)))
         seq.pages += pages
         seq.capacity = len(seq.pages) * self.pool.page_size
         return True
-
-    def _num_missing(self, short: Iterable[Sequence], num_tokens: int) -> int:
-        """Pages that rows which are short of pages need for so many more tokens."""
-        page_size = self.pool.page_size
-        return sum(-(-min(seq.planned + num_tokens, seq.end) // page_size) - len(seq.pages) for seq in short)
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue, in its old place. Its registered pages stay findable until somebody needs them."""
@@ -234,7 +225,7 @@ class Scheduler:
         plan.chunks.append((seq, start, stop))
         if stop == known:
             seq.decoding = True
-            if self._speculates:
+            if self._drafts:
                 seq.take_off(1, 1)
             self._num_prefilling -= 1
 
@@ -276,16 +267,17 @@ class Scheduler:
 
     def _issue_decode(self, plan: Planning) -> StepPlan:
         rows, rounds = plan.decodes, plan.rounds
-        slots, starts, sampler = self._advance(rows, rounds, plan.num_drafted)
+        slots, starts, sampler = self._advance(rows, rounds, plan.drafts)
+        drafted = tuple(seq.num_drafted for seq in rows) if plan.drafts else ()
         return StepPlan(self._fly(rows), StepKind.DECODE, rounds, sampler, tuple(slots), (ON_DEVICE,) * len(rows),
-                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=plan.num_drafted)
+                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=drafted)
 
-    def _advance(self, rows: list[Sequence], rounds: int, num_drafted: int) -> tuple[list[int], list[int], SamplerForm]:
-        return advance_speculating(rows, rounds, num_drafted) if self._speculates else advance(rows, rounds)
+    def _advance(self, rows: list[Sequence], rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
+        return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)
 
     def _issue_prefill(self, plan: Planning) -> StepPlan:
         rows = list(plan.decodes)
-        slots, starts, sampler = self._advance(rows, 1, 0)
+        slots, starts, sampler = self._advance(rows, 1, False)
         tokens, samples, following = [ON_DEVICE] * len(rows), [True] * len(rows), [-1] * len(rows)
         for seq, start, stop in sorted(plan.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1):
             rows.append(seq)
@@ -318,6 +310,8 @@ class Scheduler:
         rows = self._in_flight.pop(plan.step_id)
         if plan.kind is StepKind.PREFILL:
             self._commit_chunks(plan, result, rows)
+        if self._drafts:
+            self._drafts.learn(rows, plan, result)
         chunks, logprobs, num_tokens = [], result.logprobs, 0
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
             if seq.finished or not samples:
@@ -325,7 +319,7 @@ class Scheduler:
             tokens, stop_ids, count = seq.tokens, seq.stop_ids, len(ids)
             tokens += ids
             num_tokens += count
-            if self._speculates:
+            if self._drafts:
                 seq.land()
             stops = count < plan.num_rounds or (ids[-1] in stop_ids)
             if stops or len(tokens) > seq.quiet_until:

@@ -1,5 +1,6 @@
 """One sample of one request while the scheduler holds it. No jax here."""
 
+from jaxinfer.acceptance_rate import AcceptanceRate
 from jaxinfer.page_pool import Digest
 from jaxinfer.types import Request, RequestStats, RowInit, SamplerForm, TokenLogprobs
 
@@ -32,6 +33,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
+        "num_drafted", "missed", "acceptance",  # of a row that speculates
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
 
@@ -66,6 +68,9 @@ class Sequence:
         self.planned = 0
         self.decoding = False
         self.flights: list[tuple[int, int]] = []
+        self.num_drafted = 0  # proposals a round in the next step
+        self.missed = 0  # tokens that the draft model has not computed
+        self.acceptance = AcceptanceRate()
         self.registered = 0
         self.register_at = 0
         self.quiet_until = 0

@@ -59,11 +59,30 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
 
 def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
                     page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
-    rows, slots = state.rows, fields.slots
-    alive = row_state.alive(rows, slots, fields.present)
-    left = rows.tokens_left.at[slots].get(mode="clip")
+    """A round that drafts, or where no row wants proposals a plain one of the target."""
+    left = state.rows.tokens_left.at[fields.slots].get(mode="clip")
+    alive = row_state.alive(state.rows, fields.slots, fields.present)
     # Positions behind the row's last token have no pages.
     count = jnp.where(alive, jnp.minimum(fields.num_drafted, left - 1), 0)
+    return jax.lax.cond(
+        jnp.any(count > 0),
+        lambda state: drafting_round(pair, form, params, state, fields.slots, alive, count, page_indices),
+        lambda state: plain_round(pair, form, params, state, fields, page_indices),
+        state)
+
+
+def plain_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
+                page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
+    alone = DeviceState(state.kv_pages.target, state.rows)
+    alone, result = steps.decode_round(pair.target, form, params.target, alone, fields, page_indices)
+    padded = jnp.pad(result[:, None], ((0, 0), (0, pair.num_drafted), (0, 0)), constant_values=-1)
+    return DeviceState(Pair(alone.kv_pages, state.kv_pages.draft), alone.rows), padded
+
+
+def drafting_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, slots: jax.Array,
+                   alive: jax.Array, count: jax.Array, page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
+    """count: i32[R], proposals of each row."""
+    rows = state.rows
     sampling = row_state.sampling_of(rows, slots)
     drafted, draft_pages = propose(pair, form, params.draft, state.kv_pages.draft, rows, slots, alive, count,
                                    page_indices, draft_rows(sampling))  # fmt: skip

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from jaxinfer import (
     compile_cache,
+    draft_lengths,
     implementations,
     kv_scales,
     loading,
@@ -30,6 +31,7 @@ from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.draft_pair import DraftPair
 from jaxinfer.drafting import check_draft_model, with_draft_model
 from jaxinfer.engine import Engine
@@ -112,7 +114,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
     report = StartReport(plan, model.implementation, tuple(chosen), num_programs, loaded_at - began,
                          compiled_at - loaded_at, str(cache.report))
-    engine = make_engine(executor, config)
+    engine = make_engine(executor, config, measured_drafts(executor, config, say))
     limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
                     max_kv_tokens=config.num_pages * config.page_size)
     intake = Intake(tokenizer, limits, defaults, chat_template=template,
@@ -160,10 +162,19 @@ def with_kv_scales(model: Decoder, loaded: loading.LoadedModel, tokenizer: Token
     return kv_scales.with_scales(loaded.params, model, kv_scales.scales(ranges, model.kv_dtype))
 
 
-def make_engine(executor: Executor, config: EngineConfig) -> Engine:
+def make_engine(executor: Executor, config: EngineConfig, drafts: DraftLengths | None = None) -> Engine:
     """An engine over warm programs, whose metrics count what it compiles from now on."""
     pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
-    return Engine(executor, Scheduler(config, pool), compiles=CompileCounter())
+    return Engine(executor, Scheduler(config, pool, drafts=drafts), compiles=CompileCounter())
+
+
+def measured_drafts(executor: Executor, config: EngineConfig, say: Callable[[str], None]) -> DraftLengths | None:
+    """How many tokens are drafted, by what rounds take on this device; None without a draft model."""
+    if not config.num_speculative_tokens:
+        return None
+    seconds = executor.measure_rounds()
+    say(f"milliseconds of a decode round:\n{draft_lengths.table(seconds, config.num_speculative_tokens)}")
+    return DraftLengths(config.num_speculative_tokens, seconds)
 
 
 def choose_dtype(name: str, folder: Path) -> jnp.dtype:

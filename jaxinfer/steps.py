@@ -147,7 +147,7 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
     shape = (layout.max_rounds, layout.num_rows, result_width(form))
 
     def one_round(state):
-        return _decode_round(model, form, params, state, fields, page_indices)
+        return decode_round(model, form, params, state, fields, page_indices)
 
     return fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
 
@@ -168,7 +168,7 @@ def fused_rounds(one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array
     return state, results
 
 
-def _decode_round(model, form, params, state: DeviceState, fields, page_indices):
+def decode_round(model, form, params, state: DeviceState, fields, page_indices):
     rows, slots = state.rows, fields.slots
     alive = row_state.alive(rows, slots, fields.present)
     num_rows = slots.shape[0]

@@ -77,7 +77,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     """any ragged mix of prompt chunks and single decode tokens"""
     DECODE = "decode"
-    """every row computes its last token a round, and `num_drafted` proposals; `num_rounds` rounds fused"""
+    """every row computes its last token a round, and its proposals; `num_rounds` rounds fused"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class StepPlan:
     new_pages: (slot, index of the first in the row's page table, page ids)
     prompt_logprobs: rows are scored against their own next token; prefill steps only
     next_tokens: per row, the prompt token behind its chunk, -1 where the prompt ends; with prompt_logprobs only
-    num_drafted: proposals wanted for each row in each round; decode steps of an engine that speculates
+    num_drafted: per row, proposals wanted in each round; () where no row drafts
     """
 
     step_id: int
@@ -131,7 +131,7 @@ class StepPlan:
     new_pages: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     prompt_logprobs: bool = False
     next_tokens: tuple[int, ...] = ()
-    num_drafted: int = 0
+    num_drafted: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -161,11 +161,13 @@ class StepResult:
     tokens: per row, the sampled ids (at most one a round, and the kept proposals; fewer when the row stopped).
     logprobs: per row a TokenLogprobs for each sampled id, when the FULL sampler ran.
     prompt_logprobs: per row, a TokenLogprobs for each computed prompt position's *next* token.
+    round_counts: per row, its tokens in each round that it took part in; [] where no round brings more than one.
     """
 
     tokens: list[list[int]]
     logprobs: Sequence[list[TokenLogprobs]] | None = None
     prompt_logprobs: Sequence[list[TokenLogprobs]] | None = None
+    round_counts: Sequence[list[int]] = ()
 
 
 @dataclass(slots=True)

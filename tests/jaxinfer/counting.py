@@ -3,6 +3,7 @@
 import jax
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor
 from jaxinfer.page_pool import PagePool
@@ -28,11 +29,11 @@ def new_executor(config: EngineConfig) -> Executor:
     return executor
 
 
-def new_engine(executor: Executor, **options) -> Engine:
+def new_engine(executor: Executor, *, drafts: DraftLengths | None = None, **options) -> Engine:
     """A fresh engine over a (possibly used) executor: pages and rows start empty."""
     executor.reset()
     config = executor.config
-    return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)), **options)
+    return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size), drafts=drafts), **options)
 
 
 def request(id: str, prompt, max_tokens: int, *, stop_ids=(), priority=0, arrival=0.0, salt="", seed=0, given=None,

@@ -14,7 +14,7 @@ def make_metrics() -> Metrics:
     return Metrics(lambda: Load(1, 2, 3, 4, 5, 6))
 
 
-def step(kind=StepKind.DECODE, num_rounds=1, tokens=((),), num_drafted=0):
+def step(kind=StepKind.DECODE, num_rounds=1, tokens=((),), num_drafted=()):
     return SimpleNamespace(kind=kind, num_rounds=num_rounds, tokens=tokens, num_drafted=num_drafted,
                            slots=tuple(range(len(tokens))))
 
@@ -66,7 +66,7 @@ def test_inter_token_time_is_shared_by_the_rounds_of_a_step():
 def test_inter_token_time_is_shared_by_what_speculation_gave_a_row():
     metrics = make_metrics()
     metrics.record_step(step(), 1, 10.0)
-    metrics.record_step(step(num_rounds=2, num_drafted=3, tokens=((), ())), 12, 13.0)
+    metrics.record_step(step(num_rounds=2, num_drafted=(3, 3), tokens=((), ())), 12, 13.0)
     assert metrics.inter_token_seconds.sum == pytest.approx(10.0 + 12 * 0.5)
 
 

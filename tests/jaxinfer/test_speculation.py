@@ -4,6 +4,7 @@ Counting models first (answers are known beforehand, and each reads its own page
 """
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 
 from jaxinfer import loading
 from jaxinfer.config import EngineConfig
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
 from jaxinfer.testing import CountingModel
-from jaxinfer.types import StepKind
+from jaxinfer.types import SamplerForm, StepKind
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class Miscounting(CountingModel):
 DRAFTERS = {"right": CountingModel(VOCAB), "wrong": Miscounting(VOCAB), "half": Miscounting(VOCAB, wrong_each=3)}
 
 
-def counting_executor(drafter: CountingModel, num_drafted: int, **changes) -> Executor:
-    config = small_config(num_speculative_tokens=num_drafted, **changes)
-    pair = DraftPair(CountingModel(VOCAB), drafter, num_drafted)
+def counting_executor(drafter: str, **changes) -> Executor:
+    config = small_config(num_speculative_tokens=3, **changes)
+    pair = DraftPair(CountingModel(VOCAB), DRAFTERS[drafter], 3)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     executor = Executor(pair, Pair(*jax.device_put((jnp.float32(0), jnp.float32(0)), place)), config, place)
     executor.warm_up(workers=2, progress=lambda name: None)
     return executor
 
 
+@pytest.fixture(scope="module")
+def counting():
+    """`counting_executor`, each compiled once."""
+    return cache(counting_executor)
+
+
 @pytest.fixture(scope="module", params=DRAFTERS)
-def executor(request):
-    return counting_executor(DRAFTERS[request.param], 3)
+def executor(request, counting):
+    return counting(request.param)
 
 
 @settings(max_examples=60)
@@ -58,11 +66,27 @@ def test_any_mix_gives_each_request_its_own_answer(executor, mix):
     check_mix(new_engine(executor), mix)
 
 
+class Fickle(DraftLengths):
+    """Other numbers of proposals for every row and step; for all rows none in every third step."""
+
+    steps = 0
+
+    def choose(self, rows, rounds):
+        self.steps += 1
+        for index, seq in enumerate(rows):
+            seq.num_drafted = (self.steps + index) % (self.most + 1) if self.steps % 3 else 0
+
+
+@settings(max_examples=40)
+@given(arrivals())
+def test_rows_may_draft_differently_or_not_at_all_in_every_step(executor, mix):
+    check_mix(new_engine(executor, drafts=Fickle(3)), mix)
+
+
 @pytest.mark.parametrize("seed", [None, 11])
-def test_a_right_drafter_is_kept_whole(seed):
+def test_a_right_drafter_is_kept_whole(seed, counting):
     """k + 1 tokens a round, behind chunked prompts, prefix hits, mixed steps and rounds that kept everything."""
-    executor = counting_executor(DRAFTERS["right"], 3, num_pages=200)
-    engine = new_engine(executor)
+    engine = new_engine(counting("right", num_pages=200))
     results = record_results(engine)
     for index, (length, temperature) in enumerate([(1, 0.0), (40, 0.0), (40, 1.0), (9, 1.0), (45, 0.0)]):
         engine.add(request(str(index), range(length), 33, temperature=temperature, arrival=float(index), given=seed))
@@ -93,10 +117,9 @@ def record_results(engine):
     return found
 
 
-def test_few_pages_cost_proposals_not_requests():
+def test_few_pages_cost_proposals_not_requests(counting):
     """A pool in which a round of proposals hardly fits: rows fall back to one token a round, and all of them end."""
-    executor = counting_executor(DRAFTERS["half"], 3, num_pages=24)
-    engine = new_engine(executor)
+    engine = new_engine(counting("half"))
     requests = [request(str(index), [index], 60, temperature=0.0, arrival=float(index)) for index in range(6)]
     for one in requests:
         engine.add(one)
@@ -105,9 +128,9 @@ def test_few_pages_cost_proposals_not_requests():
     assert engine.scheduler.pool.num_held == 0
 
 
-def test_rows_end_exactly_at_their_limits():
+def test_rows_end_exactly_at_their_limits(counting):
     """One token left, stop ids in the middle of a round, max_tokens that cut a round, the model's last position."""
-    engine = new_engine(counting_executor(DRAFTERS["right"], 3))
+    engine = new_engine(counting("right", num_pages=200))
     requests = [request("one", [1, 2], 1), request("two", [1, 2], 2), request("stop", [10], 40, stop_ids=(17,)),
                 request("cut", [20], 7), request("full", range(40), 56)]  # fmt: skip
     for one in requests:
@@ -125,9 +148,14 @@ def target(repository):
     return make_decoder(loaded.config, dtype=jnp.float32, page_size=PAGE), loaded
 
 
-def real_executor(target, drafter: str | None, num_drafted: int = 0) -> Executor:
+@pytest.fixture(scope="module")
+def real(target):
+    """`real_executor`, each compiled once."""
+    return cache(partial(real_executor, *target))
+
+
+def real_executor(model, loaded, drafter: str | None, num_drafted: int = 0) -> Executor:
     """The target alone, with itself as its drafter, or with one of random weights."""
-    model, loaded = target
     config = EngineConfig(
         max_model_len=64, num_pages=60, page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16, max_decode_rounds=4,
         num_speculative_tokens=num_drafted, token_buckets=(16,), row_buckets=(4,))  # fmt: skip
@@ -140,8 +168,8 @@ def real_executor(target, drafter: str | None, num_drafted: int = 0) -> Executor
     return executor
 
 
-def answers(executor: Executor, requests, together: bool) -> list[list[int]]:
-    engine, found = new_engine(executor), {}
+def answers(executor: Executor, requests, together: bool, drafts: DraftLengths | None = None) -> list[list[int]]:
+    engine, found = new_engine(executor, drafts=drafts), {}
     for one in requests:
         engine.add(one)
         found |= {} if together else run(engine)
@@ -149,29 +177,41 @@ def answers(executor: Executor, requests, together: bool) -> list[list[int]]:
     return [ids_of(found[one.id, 0]) for one in requests]
 
 
-@pytest.mark.parametrize(("drafter", "num_drafted"), [("itself", 1), ("itself", 5), ("random", 3)])
-def test_seeded_and_greedy_output_is_that_without_speculation(target, drafter, num_drafted):
+@pytest.mark.parametrize(("drafter", "num_drafted"), [("itself", 5), ("random", 3)])
+def test_seeded_and_greedy_output_is_that_without_speculation(real, drafter, num_drafted):
     """Alone and in a full batch, for any number of proposals and a bad drafter."""
     requests = [
         request(str(index), [3 + (7 * index + 5 * i) % 250 for i in range(4 + index)], 24, given=index,
                 temperature=0.0 if index % 3 == 0 else 0.9, arrival=float(index), top_k=0 if index % 2 else 40)
         for index in range(6)
     ]
-    plain = answers(real_executor(target, None), requests, together=False)
-    speculating = real_executor(target, drafter, num_drafted)
+    plain, speculating = answers(real(None), requests, together=False), real(drafter, num_drafted)
     assert answers(speculating, requests, together=False) == plain
     assert answers(speculating, requests, together=True) == plain
+    assert answers(speculating, requests, together=True, drafts=Fickle(num_drafted)) == plain
 
 
 @pytest.mark.parametrize("given", [None, 3])
-def test_the_draft_model_has_seen_all_of_every_row(target, given):
+def test_the_draft_model_has_seen_all_of_every_row(real, given):
     """A drafter that is its target is kept whole, but for rounding: behind chunks, prefix hits and mixed steps."""
-    engine = new_engine(real_executor(target, "itself", 3))
+    engine = new_engine(real("itself", 5))
     results, shared = record_results(engine), [(11 * i) % 250 + 3 for i in range(20)]
     for index in range(8):
         prompt = [*shared[:4 * (index % 5)], index + 3, 5, 9]
         engine.add(request(str(index), prompt, 21, temperature=0.8 * (index % 2), arrival=float(index), given=given))
     run(engine)
     steps = [(plan, ids) for plan, result in results if plan.kind is StepKind.DECODE for ids in result.tokens]
-    whole = sum(len(ids) == plan.num_rounds * 4 for plan, ids in steps)
+    whole = sum(len(ids) == plan.num_rounds * 6 for plan, ids in steps)
     assert len(steps) > 20 and whole + 8 + 2 >= sum(bool(ids) for _, ids in steps)  # 8 rows end, 2 for rounding
+
+
+def test_measuring_rounds_leaves_an_engine_that_answers_right(real):
+    """Each program is run with rows of its own, which share pages; afterwards nothing is left of them."""
+    executor = real("random", 3)
+    requests = [request("a", [5, 9, 17], 20, temperature=0.0), request("b", [7] * 9, 20, temperature=0.0)]
+    before = answers(executor, requests, together=True)
+    seconds = executor.measure_rounds()
+    assert seconds.keys() == {SamplerForm.GREEDY, SamplerForm.SIMPLE}
+    assert all(list(by_size) == [4] and min(by_size[4].plain, by_size[4].one, by_size[4].most) > 0
+               for by_size in seconds.values())  # fmt: skip
+    assert answers(executor, requests, together=True, drafts=DraftLengths(3, seconds)) == before

@@ -1,0 +1,128 @@
+"""How many tokens are drafted: against a search over what each choice would bring, and what stops and restarts it."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer import draft_lengths
+from jaxinfer.draft_lengths import DraftLengths, RoundSeconds
+from jaxinfer.sequence import Sequence
+from jaxinfer.types import Request, SamplerForm, SamplingParams, StepKind, StepPlan, StepResult
+
+MOST = 4
+CHEAP = RoundSeconds(1.0, 1.1, 1.4)
+"""Of a device that reads weights: a proposal costs a tenth of a round."""
+DEAR = RoundSeconds(1.0, 5.0, 6.0)
+"""Of a device that computes: even kept whole, five tokens take longer than five rounds."""
+
+
+def sequences(count: int, temperature: float = 0.0) -> list[Sequence]:
+    params = SamplingParams(temperature=temperature)
+    return [Sequence(Request(id=str(i), prompt=(1, 2), params=params, max_tokens=50, seed=0), 0) for i in range(count)]
+
+
+def lengths(seconds: RoundSeconds, *, most: int = MOST) -> DraftLengths:
+    return DraftLengths(most, {form: {64: seconds} for form in (SamplerForm.GREEDY, SamplerForm.SIMPLE)})
+
+
+def teach(drafts: DraftLengths, rows: list[Sequence], counts: list[int], num_drafted: int = MOST) -> None:
+    """A step in which every row got so many tokens a round."""
+    size = len(rows)
+    plan = StepPlan(0, StepKind.DECODE, len(counts), SamplerForm.GREEDY, tuple(range(size)), ((),) * size, (2,) * size,
+                    (True,) * size, num_drafted=(num_drafted,) * size)  # fmt: skip
+    drafts.learn(rows, plan, StepResult([[]] * size, round_counts=[list(counts)] * size))
+
+
+def teach_often(drafts: DraftLengths, rows: list[Sequence], counts: list[int], steps: int) -> None:
+    for _ in range(steps):
+        teach(drafts, rows, counts)
+
+
+def chosen(drafts: DraftLengths, rows: list[Sequence], rounds: int = 8) -> list[int]:
+    drafts.choose(rows, rounds)
+    return [seq.num_drafted for seq in rows]
+
+
+def test_without_measured_rounds_the_most_is_drafted():
+    rows = sequences(3)
+    assert chosen(DraftLengths(MOST), rows) == [MOST] * 3
+
+
+def test_kept_proposals_lengthen_and_refused_ones_end_it():
+    drafts, rows = lengths(CHEAP), sequences(2)
+    assert 0 < chosen(drafts, rows)[0] <= MOST, "the prior is that drafting pays"
+    teach_often(drafts, rows, [5] * 8, 5)
+    assert chosen(drafts, rows) == [MOST] * 2
+    teach_often(drafts, rows, [1] * 8, 40)
+    assert chosen(drafts, rows) == [0] * 2
+
+
+def test_each_row_has_its_own():
+    drafts, rows = lengths(CHEAP), sequences(2)
+    teach_often(drafts, rows[:1], [5] * 8, 5)
+    teach_often(drafts, rows[1:], [1] * 8, 10)
+    good, bad = chosen(drafts, rows)
+    assert good == MOST and bad <= 1
+
+
+def test_where_rounds_with_proposals_cannot_pay_there_are_none():
+    drafts, rows = lengths(DEAR), sequences(3)
+    teach(drafts, rows, [5] * 40)
+    for _ in range(3 * draft_lengths.ROUNDS_BEFORE_PROBE // 8):
+        assert chosen(drafts, rows) == [0] * 3, "not even to try"
+
+
+def test_a_row_of_which_the_draft_model_missed_much_stays_plain():
+    drafts, rows = lengths(CHEAP), sequences(2)
+    teach(drafts, rows[:1], [1] * draft_lengths.MOST_MISSED, num_drafted=0)
+    assert min(chosen(drafts, rows)) > 0
+    teach(drafts, rows[:1], [1], num_drafted=0)
+    plain, drafting = chosen(drafts, rows)
+    assert plain == 0 < drafting
+    rows[0].restart()
+    assert min(chosen(drafts, rows)) > 0, "both models compute it again"
+
+
+def test_bad_acceptance_is_tried_again_rarely():
+    drafts = lengths(CHEAP)
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    steps = [chosen(drafts, sequences(2))[0] for _ in range(2000)]
+    drafting = sum(length > 0 for length in steps)
+    assert 0 < drafting <= 0.01 * len(steps)
+    assert not any(steps[: draft_lengths.ROUNDS_BEFORE_PROBE // 8])
+
+
+def test_sampling_rows_are_judged_by_their_own_rounds():
+    drafts = DraftLengths(MOST, {SamplerForm.GREEDY: {8: CHEAP}, SamplerForm.SIMPLE: {8: DEAR}})
+    assert chosen(drafts, sequences(2))[0] > 0
+    assert chosen(drafts, sequences(2, temperature=1.0)) == [0, 0]
+
+
+@given(st.integers(1, 15), st.floats(0.05, 0.99), st.floats(1.0, 4.0), st.floats(0.01, 1.0), st.integers(1, 64))
+def test_the_length_is_the_best_of_all(most, chance, first, more, num_rows):
+    """Rows that are alike, many proposals seen: no other length has more tokens a second, counted case by case."""
+    seconds = RoundSeconds(1.0, first, first + more * (most - 1))
+    drafts, rows = lengths(seconds, most=most), sequences(num_rows)
+    for seq in rows:
+        seq.acceptance.judged, seq.acceptance.kept = 1e9, chance * 1e9
+
+    def rate(length: int) -> float:
+        if not length:
+            return draft_lengths.GAIN
+        tokens = sum((kept + 1) * chance**kept * (1 - chance) for kept in range(length)) + (length + 1) * chance**length
+        return tokens / (first + more * (length - 1))
+
+    found = set(chosen(drafts, rows))
+    assert len(found) == 1
+    (length,) = found
+    worthwhile = max((n for n in range(1, most + 1) if chance**n >= draft_lengths.LEAST_CHANCE), default=0)
+    best = max(range(most + 1), key=rate)
+    assert length == min(best, worthwhile) or math.isclose(rate(length), rate(best), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 64])
+def test_rounds_are_those_of_the_program_that_runs(num_rows):
+    by_size = {2: CHEAP, 8: DEAR, 64: RoundSeconds(3.0, 4.0, 5.0)}
+    assert draft_lengths.seconds_of(by_size, num_rows) is by_size[next(size for size in by_size if size >= num_rows)]
