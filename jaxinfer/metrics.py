@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from jaxinfer.core import Load
-from jaxinfer.types import RequestStats, StepKind, StepPlan
+from jaxinfer.types import RequestStats, StepKind, StepPlan, StepResult
 
 # Upper edges in seconds. vLLM's (vllm/v1/metrics/loggers.py), so that dashboards carry over; inter-token begins lower.
 FIRST_TOKEN_EDGES = (
@@ -67,6 +67,8 @@ class Metrics:
 
     load: gives the present state, which a snapshot includes. finished: samples by the reason of their end.
     prompt_tokens were computed, cached_tokens came from the prefix cache, query_tokens were looked up there.
+    draft_tokens were proposed for generated ones, accepted_tokens are those of them that were kept; rounds_by_accepted
+    counts a row's rounds with proposals by how many it kept.
     A request of n samples counts n times.
     """
 
@@ -80,6 +82,9 @@ class Metrics:
     prefill_steps: int = 0
     decode_steps: int = 0
     failed_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    rounds_by_accepted: Counter[int] = field(default_factory=Counter)
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_EDGES))
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_EDGES))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_EDGES))
@@ -121,6 +126,14 @@ class Metrics:
             self.inter_token_seconds.observe((now - self._last_commit) / max(a_row, 1), num_tokens - self._num_first)
         self._last_commit, self._num_first = now, 0
 
+    def record_drafts(self, plan: StepPlan, result: StepResult) -> None:
+        """What the proposals of a committed decode step came to. Those cut off at a row's end count as not kept."""
+        for num_drafted, counts in zip(plan.num_drafted, result.round_counts, strict=False):
+            if num_drafted:
+                self.draft_tokens += num_drafted * len(counts)
+                self.accepted_tokens += sum(counts) - len(counts)
+                self.rounds_by_accepted.update(count - 1 for count in counts)
+
     def record_end(self, reason: str, stats: RequestStats) -> None:
         """A sample ended."""
         self.finished[reason] += 1
@@ -135,4 +148,5 @@ class Metrics:
                 values[one.name] = value.snapshot()
             elif isinstance(value, int) and not one.name.startswith("_"):
                 values[one.name] = value
-        return values | {"finished": dict(self.finished), "prefix_hit_rate": self.prefix_hit_rate}
+        return values | {"finished": dict(self.finished), "rounds_by_accepted": dict(self.rounds_by_accepted),
+                         "prefix_hit_rate": self.prefix_hit_rate}

@@ -312,6 +312,7 @@ class Scheduler:
             self._commit_chunks(plan, result, rows)
         if self._drafts:
             self._drafts.learn(rows, plan, result)
+            self.metrics.record_drafts(plan, result)
         chunks, logprobs, num_tokens = [], result.logprobs, 0
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
             if seq.finished or not samples:

@@ -101,3 +101,12 @@ def test_engines_do_not_share_their_counts():
     one, other = make_metrics(), make_metrics()
     one.record_end("stop", RequestStats())
     assert not other.finished and not other.request_seconds.count
+
+
+def test_proposals_are_counted_by_what_was_kept():
+    metrics = make_metrics()
+    result = SimpleNamespace(round_counts=[[4, 1], [2], [1, 1]])
+    metrics.record_drafts(step(num_drafted=(3, 3, 0), tokens=((), (), ())), result)
+    metrics.record_drafts(step(tokens=((), ())), SimpleNamespace(round_counts=[[1], [1]]))
+    assert (metrics.draft_tokens, metrics.accepted_tokens) == (9, 4)
+    assert metrics.snapshot()["rounds_by_accepted"] == {3: 1, 0: 1, 1: 1}
