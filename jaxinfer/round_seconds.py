@@ -18,8 +18,8 @@ MEASURED_FORMS = (SamplerForm.GREEDY, SamplerForm.SIMPLE)
 """FULL accepts as SIMPLE does."""
 CONTEXT = 128
 """Tokens of a row, or a quarter of max_model_len where that is less."""
-ROUNDS, REPEATS = 2, 2
-"""Few: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer."""
+ROUNDS, LEAST_REPEATS, ENOUGH_SECONDS = 2, 2, 0.05
+"""Few: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer. Short steps run more often."""
 
 type Step = Callable[[SpeculateLayout, SamplerForm, np.ndarray], float]
 """Runs a step with these inputs on `busy_rows` and says how many seconds it took."""
@@ -31,7 +31,10 @@ def measure(config: EngineConfig, layouts: Sequence[SpeculateLayout], step: Step
         rounds = min(layout.max_rounds, ROUNDS, max(room(config) // (num_drafted + 1), 1))
         inputs = inputs_of(layout, rounds, num_drafted)
         step(layout, form, inputs)
-        return min(step(layout, form, inputs) for _ in range(REPEATS)) / rounds
+        taken: list[float] = []
+        while len(taken) < LEAST_REPEATS or sum(taken) < ENOUGH_SECONDS:
+            taken.append(step(layout, form, inputs))
+        return min(taken) / rounds
 
     return {form: {layout.num_rows: RoundSeconds(*(seconds(layout, form, k) for k in (0, 1, layout.num_drafted)))
                    for layout in layouts} for form in MEASURED_FORMS}  # fmt: skip

@@ -1,0 +1,173 @@
+"""What a draft model gives and what it must not cost, on the demo pair in bfloat16, greedy.
+
+Shipped pair: `LLM(draft_model="demo-draft")` against the same LLM without it, beginnings of files of Python's standard
+library, in turns. How much is drafted is the engine's own choice, so where proposals do not pay the ratio should be 1.
+
+Forced acceptance: one row; each proposal is kept with a given chance, whatever was proposed (what is said is nonsense,
+what is computed is not), and all k are always made. Efficiency is the measured speed-up over what the tokens of a round
+promise: their number over (time of such a round) / (time of a plain one), both from the same compiled loops.
+"""
+
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import jax.numpy as jnp
+
+from benchmarks.report import Result, exit_code, report
+from benchmarks.workloads import interleaved, is_quick, median_ratio
+from jaxinfer import LLM, SamplingParams, speculative_step, startup
+from jaxinfer.acceptance import keep, repeated
+from jaxinfer.draft_lengths import DraftLengths, RoundSeconds, Seconds, seconds_of
+from jaxinfer.noise import Use, first_largest, keys_for, uniform
+from jaxinfer.types import SamplerForm
+
+PREFIX = 200
+"""Characters of a file that are the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """rows, rounds: of the shipped pair, pairs of runs for each number of rows. output: tokens of each row."""
+
+    target: str
+    rows: tuple[int, ...]
+    rounds: tuple[int, ...]
+    output: int
+    drafted: int
+    forced: tuple[tuple[float, int], ...]
+    forced_rounds: int
+
+
+FULL = Size("demo", (1, 4, 16, 64), (9, 9, 9, 21), 128, 4,
+            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7)  # fmt: skip
+QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1)  # equal engines compile once
+
+
+def new_llm(size: Size, num_rows: int, num_drafted: int = 0) -> LLM:
+    return LLM(size.target, draft_model="demo-draft" if num_drafted else None,
+               num_speculative_tokens=max(num_drafted, 1), dtype="bfloat16", max_num_seqs=num_rows,
+               max_model_len=512, max_num_batched_tokens=max(256, num_rows), num_pages=max(num_rows, 2) * 32,
+               enable_prefix_caching=False, quiet=True)  # fmt: skip
+
+
+def beginnings() -> list[str]:
+    """Of every file of the standard library, in random order."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [file.read_text(errors="replace")[:PREFIX] for file in files]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+class Side:
+    """An LLM that answers prompts, always the next ones."""
+
+    def __init__(self, llm: LLM, output: int):
+        self.llm = llm
+        self._output = output
+        self._texts = beginnings()
+        self._next = 0
+
+    def tokens_a_second(self, num_rows: int) -> float:
+        prompts = [self._texts[(self._next + i) % len(self._texts)] for i in range(num_rows)]
+        self._next += num_rows
+        params = SamplingParams(temperature=0.0, max_tokens=self._output, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        self.llm.generate(prompts, params, use_tqdm=False)
+        return num_rows * self._output / (time.perf_counter() - began)
+
+
+def shipped(size: Size) -> list[Result]:
+    found: list[Result] = []
+    with new_llm(size, max(size.rows)) as plain, new_llm(size, max(size.rows), size.drafted) as drafting:
+        sides = Side(plain, size.output), Side(drafting, size.output)
+        for rows, rounds in zip(size.rows, size.rounds, strict=True):
+            for side in sides:  # the first calls of a process are slower
+                side.tokens_a_second(rows)
+            before = drafting.metrics()
+            rates = interleaved(rounds, {
+                name: lambda side=side, rows=rows: side.tokens_a_second(rows)
+                for name, side in zip(("plain", "drafting"), sides, strict=True)})  # fmt: skip
+            ratio = median_ratio(rates["drafting"], rates["plain"])
+            floor = 0.98 if rows == max(FULL.rows) else None
+            found.append(Result(f"{rows} rows, drafting / plain", ratio, "x", floor, better="higher"))
+            found += accepted(f"{rows} rows", before, drafting.metrics())
+    return found
+
+
+def accepted(name: str, before: dict, after: dict) -> list[Result]:
+    """Of the rounds that drafted between two snapshots: tokens a round, and the share that kept 0, 1, .. proposals."""
+    counts = {kept: count - before["rounds_by_accepted"].get(kept, 0)
+              for kept, count in sorted(after["rounds_by_accepted"].items())}  # fmt: skip
+    num_rounds = sum(counts.values())
+    if not num_rounds:
+        return [Result(f"{name}, tokens a round", None, "", better="higher")]
+    tokens = sum((kept + 1) * count for kept, count in counts.items()) / num_rounds
+    kept = [Result(f"{name}, rounds that kept {kept}", count / num_rounds, "", better="higher")
+            for kept, count in counts.items() if count]  # fmt: skip
+    return [Result(f"{name}, tokens a round", tokens, "", better="higher"), *kept]
+
+
+@contextmanager
+def forced(chance: float, num_drafted: int) -> Iterator[list[Seconds]]:
+    """LLMs started inside keep each proposal with this chance and always make all; gives what their rounds take."""
+    measured: list[Seconds] = []
+
+    def accept(logits, drafted, rows, positions, form):
+        num_rows, width, vocab_size = logits.shape
+        own = first_largest(logits.reshape(-1, vocab_size)).reshape(num_rows, width)
+        every = positions[:, None] + jnp.arange(width - 1)
+        keys = keys_for(Use.ACCEPTANCE, repeated(rows, width - 1).key)
+        return keep(uniform(keys, every.reshape(-1)).reshape(every.shape) < chance, drafted, own)
+
+    def always(executor, config, say):
+        measured.append(executor.measure_rounds())
+        return DraftLengths(num_drafted)
+
+    with mock.patch.object(speculative_step, "accept", accept), mock.patch.object(startup, "measured_drafts", always):
+        yield measured
+
+
+def efficiency(size: Size, plain: Side, chance: float, num_drafted: int) -> list[Result]:
+    with forced(chance, num_drafted) as measured, new_llm(size, 1, num_drafted) as llm:
+        side = Side(llm, size.output)
+        for each in (plain, side):
+            each.tokens_a_second(1)
+        before = llm.metrics()
+        rates = interleaved(size.forced_rounds, {"plain": lambda: plain.tokens_a_second(1),
+                                                 "drafting": lambda: side.tokens_a_second(1)})  # fmt: skip
+        (tokens, *_) = accepted("", before, llm.metrics())
+    seconds: RoundSeconds = seconds_of(measured[0][SamplerForm.GREEDY], 1)
+    speedup = median_ratio(rates["drafting"], rates["plain"])
+    promised = (tokens.value or 0.0) * seconds.plain / seconds.most
+    name = f"acceptance {chance}, {num_drafted} drafted"
+    return [
+        Result(f"{name}: efficiency", speedup / promised, "", 0.85, 0.95, "higher"),
+        Result(f"{name}: drafting / plain", speedup, "x", better="higher"),
+        Result(f"{name}: tokens a round", tokens.value, "", better="higher"),
+        Result(f"{name}: a round over a plain one", seconds.most / seconds.plain, ""),
+    ]
+
+
+def main() -> int:
+    size = QUICK if is_quick(__doc__) else FULL
+    results = shipped(size)
+    with new_llm(size, 1) as llm:
+        plain = Side(llm, size.output)
+        for chance, num_drafted in size.forced:
+            results += efficiency(size, plain, chance, num_drafted)
+    efficiencies = [result.value for result in results if result.name.endswith("efficiency") and result.value]
+    results.append(Result("efficiency, median", statistics.median(efficiencies), "", better="higher"))
+    report("speculation", results)
+    return exit_code(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
