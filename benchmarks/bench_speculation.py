@@ -8,6 +8,7 @@ what is computed is not), and all k are always made. Efficiency is the measured 
 promise: their number over (time of such a round) / (time of a plain one), both from the same compiled loops.
 """
 
+import math
 import random
 import statistics
 import sys
@@ -96,23 +97,22 @@ def shipped(size: Size) -> list[Result]:
                 name: lambda side=side, rows=rows: side.tokens_a_second(rows)
                 for name, side in zip(("plain", "drafting"), sides, strict=True)})  # fmt: skip
             ratio = median_ratio(rates["drafting"], rates["plain"])
-            floor = 0.98 if rows == max(FULL.rows) else None
+            floor = 0.98 if rows == max(size.rows) else None
             found.append(Result(f"{rows} rows, drafting / plain", ratio, "x", floor, better="higher"))
             found += accepted(f"{rows} rows", before, drafting.metrics())
     return found
 
 
 def accepted(name: str, before: dict, after: dict) -> list[Result]:
-    """Of the rounds that drafted between two snapshots: tokens a round, and the share that kept 0, 1, .. proposals."""
+    """Of the rounds that drafted between two snapshots: tokens of each, their number, and shares by proposals kept."""
     counts = {kept: count - before["rounds_by_accepted"].get(kept, 0)
               for kept, count in sorted(after["rounds_by_accepted"].items())}  # fmt: skip
     num_rounds = sum(counts.values())
-    if not num_rounds:
-        return [Result(f"{name}, tokens a round", None, "", better="higher")]
-    tokens = sum((kept + 1) * count for kept, count in counts.items()) / num_rounds
-    kept = [Result(f"{name}, rounds that kept {kept}", count / num_rounds, "", better="higher")
+    tokens = sum((kept + 1) * count for kept, count in counts.items()) / max(num_rounds, 1)
+    kept = [Result(f"{name}, kept {kept}", count / num_rounds, "of them", better="higher")
             for kept, count in counts.items() if count]  # fmt: skip
-    return [Result(f"{name}, tokens a round", tokens, "", better="higher"), *kept]
+    return [Result(f"{name}, tokens a round that drafted", tokens, "", better="higher"),
+            Result(f"{name}, rounds that drafted", num_rounds, "", better="higher"), *kept]  # fmt: skip
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def efficiency(size: Size, plain: Side, chance: float, num_drafted: int) -> list
         (tokens, *_) = accepted("", before, llm.metrics())
     seconds: RoundSeconds = seconds_of(measured[0][SamplerForm.GREEDY], 1)
     speedup = median_ratio(rates["drafting"], rates["plain"])
-    promised = (tokens.value or 0.0) * seconds.plain / seconds.most
+    promised = (tokens.value or math.nan) * seconds.plain / seconds.most
     name = f"acceptance {chance}, {num_drafted} drafted"
     return [
         Result(f"{name}: efficiency", speedup / promised, "", 0.85, 0.95, "higher"),

@@ -5,28 +5,30 @@ arXiv:2211.17192, section 3.3). What a round takes is measured at start for each
 before anything is drafted. No jax here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxinfer.acceptance_rate import AcceptanceRate
 from jaxinfer.config import EngineConfig
 from jaxinfer.sequence import Sequence
-from jaxinfer.types import SamplerForm, StepPlan, StepResult
+from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult
 
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0
 """Chance that a proposal is kept before anything was seen, and the proposals that this is worth."""
 ROW_WEIGHT = 8.0
 """Proposals that the acceptance of all rows is worth when a row's own is judged."""
-REMEMBERED_OF_ROW, REMEMBERED_OF_ALL = 64.0, 4096.0
+REMEMBERED_OF_ROW, REMEMBERED_OF_ALL = 64.0, 512.0
 """Proposals after which older ones count half."""
 GAIN = 1.05
 """Drafting must promise so much more than plain decoding: what was measured at start is off by a few percent."""
 LEAST_CHANCE = 0.05
 """A proposal that is reached and kept more rarely is not made."""
-MOST_MISSED = 16
-"""Tokens of a row that the draft model may not have seen. With more it says little that fits: the row stays plain."""
-ROUNDS_BEFORE_PROBE, ROUNDS_OF_PROBE = 1000, 8
-"""While only bad acceptance speaks against drafting, it is tried again that often: it costs 1 % at most."""
+PROBE_SHARE = 0.01
+"""Of the time: what trying again may cost while only bad acceptance speaks against drafting."""
+PROBE_STEPS = 2
+"""Steps of a probe: the next is planned before the first has been read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,15 @@ class RoundSeconds:
 
 
 type Seconds = Mapping[SamplerForm, Mapping[int, RoundSeconds]]
-"""By sampler, of GREEDY and SIMPLE, and number of rows that programs are compiled for, smallest first."""
+"""By sampler and number of rows that programs are compiled for, smallest first."""
+
+
+class Judged(NamedTuple):
+    """A row's round with proposals. known: whether it was not cut by a stop id, behind which nothing is judged."""
+
+    made: int
+    kept: int
+    known: bool
 
 
 class DraftLengths:
@@ -52,68 +62,68 @@ class DraftLengths:
         self.most = most
         self._seconds = seconds
         self._all = AcceptanceRate()
-        self._plain_rounds = 0
-        self._probe_rounds = 0
+        self._plain_rounds = 0  # since the last step with proposals
 
     @staticmethod
     def of(config: EngineConfig) -> "DraftLengths | None":
         """For an engine whose rounds were not measured; None for one that does not speculate."""
         return DraftLengths(config.num_speculative_tokens) if config.num_speculative_tokens else None
 
-    def choose(self, rows: list[Sequence], rounds: int) -> None:
-        """For a step of so many rounds."""
+    def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm) -> None:
+        """For a step of so many rounds with this sampler."""
         if self._seconds is None:
             for seq in rows:
                 seq.num_drafted = self.most
-        else:
-            form = max(min(seq.form, SamplerForm.SIMPLE) for seq in rows)
-            self._choose_by(seconds_of(self._seconds[form], len(rows)), rows, rounds)
-
-    def _choose_by(self, seconds: RoundSeconds, rows: list[Sequence], rounds: int) -> None:
-        able = [seq for seq in rows if seq.missed <= MOST_MISSED]
-        overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
-        chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in able]
-        length = self._best(seconds, chances, len(rows))
-        if not length and able and self._may_probe():
-            chances = [1.0] * len(able)
-            length = self._best(seconds, chances, len(rows))
-            self._probe_rounds -= rounds
-        for seq in rows:
-            seq.num_drafted = 0
-        for seq, chance in zip(able, chances, strict=True):
-            seq.num_drafted = min(length, worth_making(chance, self.most))
-        if not length:
-            self._plain_rounds += rounds
-
-    def _may_probe(self) -> bool:
-        if self._probe_rounds <= 0 and self._plain_rounds >= ROUNDS_BEFORE_PROBE:
-            self._plain_rounds, self._probe_rounds = 0, ROUNDS_OF_PROBE
-        return self._probe_rounds > 0
-
-    def _best(self, seconds: RoundSeconds, chances: list[float], num_rows: int) -> int:
-        """The number of proposals with most tokens a second; 0 unless that is clearly more than without."""
-        others = num_rows - len(chances)
-        best, best_rate = 0, GAIN * num_rows / seconds.plain
-        for length in range(1, self.most + 1):
-            step = (seconds.most - seconds.one) / max(self.most - 1, 1)
-            rate = (others + sum(tokens_a_round(chance, length) for chance in chances)) / (
-                seconds.one + step * (length - 1))
-            if rate > best_rate:
-                best, best_rate = length, rate
-        return best
-
-    def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> None:
-        """From a decode step. A row's last round is cut where the row ends; that counts as a proposal not kept."""
-        if not any(plan.num_drafted):  # only then the draft model does not run
-            for seq, counts in zip(rows, result.round_counts, strict=False):
-                seq.missed += len(counts)
             return
-        for seq, num_drafted, counts in zip(rows, plan.num_drafted, result.round_counts, strict=True):
-            if num_drafted:
-                kept = sum(counts) - len(counts)
-                judged = kept + sum(count <= num_drafted for count in counts)
-                seq.acceptance.add(judged, kept, REMEMBERED_OF_ROW)
-                self._all.add(judged, kept, REMEMBERED_OF_ALL)
+        cost = self._costs(seconds_of(self._seconds[form], len(rows)))
+        best_of_all = best_length(cost, [1.0] * len(rows))
+        if not best_of_all:  # whatever is kept
+            for seq in rows:
+                seq.num_drafted = 0
+            return
+        overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
+        chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in rows]
+        length = best_length(cost, chances)
+        if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
+            length, chances = best_of_all, [1.0] * len(rows)
+        for seq, chance in zip(rows, chances, strict=True):
+            seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
+
+    def _costs(self, seconds: RoundSeconds) -> list[float]:
+        """Of a round with 0, 1, .. proposals a row, in plain rounds."""
+        more = (seconds.most - seconds.one) / max(self.most - 1, 1)
+        return [1.0, *((seconds.one + more * i) / seconds.plain for i in range(self.most))]
+
+    def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> list[Judged]:
+        """From a step, before its rows take in their tokens; the rounds with proposals."""
+        if plan.kind is StepKind.DECODE:
+            self._plain_rounds = 0 if plan.num_drafted else self._plain_rounds + plan.num_rounds
+        found: list[Judged] = []
+        for seq, num_drafted, counts, ids in zip(rows, plan.num_drafted, result.round_counts, result.tokens,
+                                                 strict=False):
+            if not seq.finished:
+                judged = judged_rounds(seq, num_drafted, counts, ids)
+                for one in judged:
+                    self._learn_round(seq, one)
+                found += judged
+        return found
+
+    def _learn_round(self, seq: Sequence, round_: Judged) -> None:
+        judged = round_.kept + (round_.known and round_.kept < round_.made)
+        seq.acceptance.add(judged, round_.kept, REMEMBERED_OF_ROW)
+        self._all.add(judged, round_.kept, REMEMBERED_OF_ALL)
+
+
+def judged_rounds(seq: Sequence, num_drafted: int, counts: list[int], ids: list[int]) -> list[Judged]:
+    """A row's rounds with proposals, from its tokens in each. The device proposes nothing beyond the row's end."""
+    left, found = seq.end + 1 - len(seq.tokens), []
+    for index, count in enumerate(counts):
+        made = min(num_drafted, left - 1)
+        left -= count
+        if made > 0:
+            stopped = index == len(counts) - 1 and ids[-1] in seq.stop_ids
+            found.append(Judged(made, min(count - 1, made), not stopped))
+    return found
 
 
 def seconds_of(by_size: Mapping[int, RoundSeconds], num_rows: int) -> RoundSeconds:
@@ -121,14 +131,26 @@ def seconds_of(by_size: Mapping[int, RoundSeconds], num_rows: int) -> RoundSecon
     return next(seconds for size, seconds in by_size.items() if size >= num_rows)
 
 
-def tokens_a_round(chance: float, length: int) -> float:
-    """1 + a + .. + a^k."""
-    return sum(chance**i for i in range(length + 1))
+def best_length(cost: list[float], chances: list[float]) -> int:
+    """The number of proposals with most tokens a second; 0 unless that is clearly more than without.
+
+    cost: of a round with 0, 1, .. proposals a row, in plain rounds. chances: of each row.
+    """
+    best, best_rate = 0, GAIN * len(chances)
+    tokens, reached = float(len(chances)), chances
+    for length in range(1, len(cost)):
+        tokens += sum(reached)
+        if tokens / cost[length] > best_rate:
+            best, best_rate = length, tokens / cost[length]
+        reached = [one * chance for one, chance in zip(reached, chances, strict=True)]
+    return best
 
 
 def worth_making(chance: float, most: int) -> int:
     """Proposals up to the last that is reached and kept with LEAST_CHANCE."""
-    return next((length for length in range(most) if chance ** (length + 1) < LEAST_CHANCE), most)
+    if chance >= LEAST_CHANCE ** (1 / most):
+        return most
+    return int(math.log(LEAST_CHANCE) / math.log(chance)) if chance > 0 else 0
 
 
 def table(seconds: Seconds, most: int) -> str:

@@ -5,12 +5,13 @@ One thread writes; others may take a snapshot at any time and at worst see a ste
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from jaxinfer.core import Load
-from jaxinfer.types import RequestStats, StepKind, StepPlan, StepResult
+from jaxinfer.draft_lengths import Judged
+from jaxinfer.types import RequestStats, StepKind, StepPlan
 
 # Upper edges in seconds. vLLM's (vllm/v1/metrics/loggers.py), so that dashboards carry over; inter-token begins lower.
 FIRST_TOKEN_EDGES = (
@@ -126,13 +127,12 @@ class Metrics:
             self.inter_token_seconds.observe((now - self._last_commit) / max(a_row, 1), num_tokens - self._num_first)
         self._last_commit, self._num_first = now, 0
 
-    def record_drafts(self, plan: StepPlan, result: StepResult) -> None:
-        """What the proposals of a committed decode step came to. Those cut off at a row's end count as not kept."""
-        for num_drafted, counts in zip(plan.num_drafted, result.round_counts, strict=False):
-            if num_drafted:
-                self.draft_tokens += num_drafted * len(counts)
-                self.accepted_tokens += sum(counts) - len(counts)
-                self.rounds_by_accepted.update(count - 1 for count in counts)
+    def record_drafts(self, rounds: Iterable[Judged]) -> None:
+        """Rows' rounds with proposals, of a committed step."""
+        for made, kept, _ in rounds:
+            self.draft_tokens += made
+            self.accepted_tokens += kept
+            self.rounds_by_accepted[kept] += 1
 
     def record_end(self, reason: str, stats: RequestStats) -> None:
         """A sample ended."""

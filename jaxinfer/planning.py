@@ -49,11 +49,16 @@ def advance_speculating(rows: list[Sequence], rounds: int, drafts: bool
     """`advance` where a round brings up to `Sequence.num_drafted` tokens more."""
     slots = [seq.slot for seq in rows]
     starts = [seq.planned for seq in rows]
-    sampler = max((SamplerForm.FULL if seq.certain < seq.full_below else seq.form for seq in rows),
-                  default=SamplerForm.GREEDY)
+    sampler = sampler_of(rows)
     for seq in rows:
         seq.take_off(rounds, rounds * (1 + seq.num_drafted * drafts))
     return slots, starts, sampler
+
+
+def sampler_of(rows: list[Sequence]) -> SamplerForm:
+    """The smallest sampler that covers decode rows that speculate."""
+    return max((SamplerForm.FULL if seq.certain < seq.full_below else seq.form for seq in rows),
+               default=SamplerForm.GREEDY)
 
 
 def most_left(rows: list[Sequence], *, speculating: bool) -> int:

@@ -14,30 +14,28 @@ from jaxinfer.layout import SpeculateLayout
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
 
-MEASURED_FORMS = (SamplerForm.GREEDY, SamplerForm.SIMPLE)
-"""FULL accepts as SIMPLE does."""
 CONTEXT = 128
 """Tokens of a row, or a quarter of max_model_len where that is less."""
-ROUNDS, LEAST_REPEATS, ENOUGH_SECONDS = 2, 2, 0.05
-"""Few: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer. Short steps run more often."""
+ROUNDS, REPEATS, LONG = 2, 2, 0.05
+"""Few: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer. Where a round takes less than
+LONG seconds, as many as a step may have share the cost of its dispatch, and there are three times the repeats.
+"""
 
 type Step = Callable[[SpeculateLayout, SamplerForm, np.ndarray], float]
 """Runs a step with these inputs on `busy_rows` and says how many seconds it took."""
 
 
 def measure(config: EngineConfig, layouts: Sequence[SpeculateLayout], step: Step) -> Seconds:
-    """Seconds of a round for each form and number of rows: the shortest of some steps behind a first one."""
-    def seconds(layout: SpeculateLayout, form: SamplerForm, num_drafted: int) -> float:
-        rounds = min(layout.max_rounds, ROUNDS, max(room(config) // (num_drafted + 1), 1))
-        inputs = inputs_of(layout, rounds, num_drafted)
-        step(layout, form, inputs)
-        taken: list[float] = []
-        while len(taken) < LEAST_REPEATS or sum(taken) < ENOUGH_SECONDS:
-            taken.append(step(layout, form, inputs))
-        return min(taken) / rounds
+    """Seconds of a round for each form and number of rows: the shortest of some steps, taken in turns."""
+    def seconds(layout: SpeculateLayout, form: SamplerForm) -> RoundSeconds:
+        kinds = (0, 1, layout.num_drafted)
+        first = max([step(layout, form, inputs_of(layout, 1, kind)) for kind in kinds])
+        most, repeats = (layout.max_rounds, 3 * REPEATS) if first < LONG else (ROUNDS, REPEATS)
+        rounds = max(min(layout.max_rounds, most, room(config) // (layout.num_drafted + 1)), 1)
+        taken = [[step(layout, form, inputs_of(layout, rounds, kind)) for kind in kinds] for _ in range(repeats)]
+        return RoundSeconds(*(min(kind) / rounds for kind in zip(*taken, strict=True)))
 
-    return {form: {layout.num_rows: RoundSeconds(*(seconds(layout, form, k) for k in (0, 1, layout.num_drafted)))
-                   for layout in layouts} for form in MEASURED_FORMS}  # fmt: skip
+    return {form: {layout.num_rows: seconds(layout, form) for layout in layouts} for form in SamplerForm}
 
 
 def context(config: EngineConfig) -> int:

@@ -20,7 +20,7 @@ from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.errors import InvalidRequest, StepFailed
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
-from jaxinfer.planning import Planning, advance, advance_speculating, most_left, num_missing, short_of_pages
+from jaxinfer.planning import Planning, advance, advance_speculating, most_left, num_missing, sampler_of, short_of_pages
 from jaxinfer.prefix_sharing import PrefixSharing
 from jaxinfer.sequence import NO_SLOT, Sequence, check_running, require
 from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk, TokenLogprobs
@@ -136,7 +136,9 @@ class Scheduler:
         del self._running[bisect_left(self._running, seq.key, key=by_key)]
         self._num_prefilling -= not seq.decoding
         heapq.heappush(self._free_slots, seq.slot)
-        if seq.quiet_until:  # all but the token sampled last is computed; a draft model may lack the one before
+        # All but the token sampled last is computed; a draft model may lack the one before. What it lacks besides, of
+        # rounds without proposals, makes its proposals worse and nothing else.
+        if seq.quiet_until:
             self._sharing.register(seq, len(seq.tokens) - 1 - (self._drafts is not None))
         self._sharing.leave(seq)
         self.pool.release(seq.pages)
@@ -164,9 +166,9 @@ class Scheduler:
             return
         if self.config.max_decode_rounds > 1 and not self._waiting and not self._num_prefilling:
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
-        if self._drafts:
-            self._drafts.choose(rows, plan.rounds)
-            plan.drafts = True
+        if self._drafts and not self._num_prefilling:
+            self._drafts.choose(rows, plan.rounds, sampler_of(rows))
+            plan.drafts = any(seq.num_drafted for seq in rows)
         short = short_of_pages(plan, rows)
         if not plan.is_least and num_missing(plan, short, self.pool.page_size) > self.pool.num_free:
             plan.rounds, plan.drafts = 1, False
@@ -311,8 +313,7 @@ class Scheduler:
         if plan.kind is StepKind.PREFILL:
             self._commit_chunks(plan, result, rows)
         if self._drafts:
-            self._drafts.learn(rows, plan, result)
-            self.metrics.record_drafts(plan, result)
+            self.metrics.record_drafts(self._drafts.learn(rows, plan, result))
         chunks, logprobs, num_tokens = [], result.logprobs, 0
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
             if seq.finished or not samples:

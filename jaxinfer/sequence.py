@@ -33,7 +33,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
-        "num_drafted", "missed", "acceptance",  # of a row that speculates
+        "num_drafted", "acceptance",  # of a row that speculates
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
 
@@ -54,6 +54,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.finished = False
         self.stats = RequestStats(arrival=request.arrival, num_prompt_tokens=self.num_prompt)
+        self.acceptance = AcceptanceRate()
         self.hashes: list[Digest] = []
         self.awaited: Digest | None = None
         # Prompt log-probabilities so far; None when not wanted or delivered. One sample has them for all.
@@ -69,8 +70,6 @@ class Sequence:
         self.decoding = False
         self.flights: list[tuple[int, int]] = []
         self.num_drafted = 0  # proposals a round in the next step
-        self.missed = 0  # tokens that the draft model has not computed
-        self.acceptance = AcceptanceRate()
         self.registered = 0
         self.register_at = 0
         self.quiet_until = 0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxinfer.core import Load
+from jaxinfer.draft_lengths import Judged
 from jaxinfer.metrics import FIRST_TOKEN_EDGES, INTER_TOKEN_EDGES, REQUEST_EDGES, Histogram, Metrics
 from jaxinfer.types import RequestStats, StepKind
 
@@ -105,8 +106,7 @@ def test_engines_do_not_share_their_counts():
 
 def test_proposals_are_counted_by_what_was_kept():
     metrics = make_metrics()
-    result = SimpleNamespace(round_counts=[[4, 1], [2], [1, 1]])
-    metrics.record_drafts(step(num_drafted=(3, 3, 0), tokens=((), (), ())), result)
-    metrics.record_drafts(step(tokens=((), ())), SimpleNamespace(round_counts=[[1], [1]]))
-    assert (metrics.draft_tokens, metrics.accepted_tokens) == (9, 4)
+    metrics.record_drafts([Judged(3, 3, True), Judged(3, 0, True)])
+    metrics.record_drafts([Judged(2, 1, False)])
+    assert (metrics.draft_tokens, metrics.accepted_tokens) == (8, 4)
     assert metrics.snapshot()["rounds_by_accepted"] == {3: 1, 0: 1, 1: 1}
