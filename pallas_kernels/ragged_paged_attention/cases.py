@@ -225,8 +225,10 @@ CASES: tuple[AttentionCase, ...] = (
     *(kernel_case(f"{rows}_bfloat16_queries_float32", rows, "float32") for rows in KERNEL_ROWS),
     *(kernel_case(f"{rows}_page_{page_size}", rows, page_size=page_size)
       for rows in KERNEL_ROWS for page_size in (32, 64, 128, 256)),
+    *(kernel_case(f"{rows}_page_256_int8", rows, "int8", page_size=256) for rows in KERNEL_ROWS),
     *(kernel_case(f"{rows}_heads_{heads}_kv_heads_{kv_heads}", rows, num_kv_heads=kv_heads, group=heads // kv_heads)
-      for rows in KERNEL_ROWS for heads, kv_heads in ((1, 1), (2, 2), (8, 1), (5, 1), (4, 4), (8, 8), (16, 2))),
+      for rows in KERNEL_ROWS
+      for heads, kv_heads in ((1, 1), (2, 2), (8, 1), (5, 1), (4, 4), (8, 8), (16, 2), (16, 1), (64, 1))),
     *(kernel_case(f"{rows}_window_{window}_head_{head_dim}", rows, window=window, head_dim=head_dim)
       for rows in KERNEL_ROWS for window in (0, 20) for head_dim in (64, 128)),
     *(kernel_case(f"{rows}_soft_cap_{dtype}", rows, dtype, soft_cap=2.0)
@@ -235,7 +237,7 @@ CASES: tuple[AttentionCase, ...] = (
       for rows in KERNEL_ROWS for head_dim in (64, 128, 256)),
     *(kernel_case(f"{rows}_everything_{dtype}_head_{head_dim}", rows, dtype, head_dim=head_dim, window=33, soft_cap=3.0,
                   sinks=True, num_padding_rows=2, num_padding_tokens=3)
-      for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128)),
+      for rows in KERNEL_ROWS for dtype in ("bfloat16", *SCALED) for head_dim in (64, 128, 256)),
     *(kernel_case(f"kernel_prefill_head_{head_dim}", "kernel_prefill", head_dim=head_dim, group=group)
       for head_dim, group in ((64, 4), (128, 8), (256, 3))),
     kernel_case("kernel_prefill_window", "kernel_prefill", window=60, group=4),

@@ -26,7 +26,7 @@ from pallas_kernels.ragged_paged_attention.tpu_prefill_schedule import (
 NUM_GROUPS = 3  # one being read ahead, one being merged, one being written
 # Of groups of few slots some heads are merged together: what one waits for, others fill.
 HEADS_AT_ONCE, SHORT = 4, 32
-# More rows than that are merged in parts: with 256 of int8 registers spilled (v5p).
+# More rows than that are merged in parts: with 128 rows of int8 5.1 % of the bundles spilled (v5p; 0.5 % in parts).
 ROWS_AT_ONCE = 64
 
 

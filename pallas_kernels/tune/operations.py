@@ -54,14 +54,15 @@ def matmul_candidates(key: Key, platform: str) -> list[Blocks]:
 
 
 def matmul_call(key: Key, blocks: Blocks) -> Call:
-    """One matmul with 4096 output features, bfloat16 in and out."""
+    """One matmul with 4096 output features, bfloat16 in and out; the form "weights" leaves activations as they are."""
+    activations = key.get("form") != "weights"
     rows, in_features, out_features = int(key["rows"]), int(key["in_features"]), 4096
 
     def product(x, values, scale, layer):
         on_gpu = current_device().platform == "gpu"
         tiled = matmul_gpu.tiled_matmul if on_gpu else matmul_tpu.tiled_matmul
         made = matmul_gpu.Blocks(**blocks) if on_gpu else matmul_tpu.Blocks(**blocks)
-        return tiled(x, values, scale, layer, made, True, jnp.bfloat16, False)  # type: ignore[arg-type]
+        return tiled(x, values, scale, layer, made, activations, jnp.bfloat16, False)  # type: ignore[arg-type]
 
     weight = (shape_of("int8", 1, out_features, in_features), shape_of("float32", 1, out_features))
     return Call(product, (shape_of("bfloat16", rows, in_features), *weight, np.zeros(1, np.int32)))

@@ -90,9 +90,6 @@ def test_verification_of_up_to_fifteen_drafted_tokens(mode: DmaMode, max_q_len: 
     assert_served(replace(BASE, rows=rows, max_q_len=max_q_len), mode, blocks=None)
 
 
-row_lengths = st.tuples(st.integers(1, 20), st.one_of(st.just(-1), st.integers(0, 290)))
-
-
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(
