@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.dispatch import Device
 from pallas_kernels.ragged_paged_attention.cases import AttentionCase, AttentionInputs, make_inputs
 from pallas_kernels.ragged_paged_attention.contract import AttentionSpec, Options
 from pallas_kernels.ragged_paged_attention.page_dtypes import to_page_dtype
@@ -81,6 +82,16 @@ def test_new_tokens_cross_the_border_of_a_page(first: int):
 
 def test_nothing_to_do_leaves_outputs_and_pages():
     assert_served(replace(BASE, rows=((2, 0), (9, 0)), num_padding_tokens=3))
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+def test_the_units_that_chips_run(kind: str):
+    """Off a TPU the rule has few and large units; these are the ones that are compiled for it."""
+    case = replace(BASE, rows=((130, 700), (9, 9)), group=4)
+    spec = AttentionSpec(case.group, case.num_kv_heads, case.head_dim, case.page_size, device=Device("tpu", kind))
+    blocks = prefill_blocks(spec)
+    assert blocks.lead > 1 and blocks.at_once > 8
+    assert_served(case, blocks=blocks)
 
 
 @pytest.mark.parametrize("mode", DMA_MODES)
