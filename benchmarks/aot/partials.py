@@ -17,9 +17,9 @@ class Partials:
     used: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, num_rows: int, context: int) -> Self:
-        """Of a step of `num_rows` rows of one query and `context` tokens."""
-        blocks = gpu_blocks.decode_blocks(spec, 1, num_rows)
+    def of(cls, spec: AttentionSpec, num_rows: int, context: int, longest: int) -> Self:
+        """Of a step of `num_rows` rows of one query and `context` tokens, `longest` at most by their page table."""
+        blocks = gpu_schedule.for_rows_up_to(longest, gpu_blocks.decode_blocks(spec, 1, num_rows))
         lengths = np.array([context], np.int32)
         tiles = -(-lengths // blocks.kv_tokens)
         splits = int(gpu_schedule.split_rows(lengths, tiles, blocks)[0][0])  # pyright: ignore[reportArgumentType]

@@ -278,7 +278,8 @@ def partials_of(signature: programs.Signature) -> Partials | None:
         model.config.num_heads // shards, num_kv_heads, model.config.head_dim, signature.batcher.config.page_size,
         kv_dtype=signature.state.kv_pages.dtype, max_q_len=1,
     )  # fmt: skip
-    return Partials.of(spec, counted_rows(signature), CONTEXT)
+    config = signature.batcher.config
+    return Partials.of(spec, counted_rows(signature), CONTEXT, config.max_pages_per_row * config.page_size)
 
 
 def page_tokens(signature: programs.Signature) -> int:

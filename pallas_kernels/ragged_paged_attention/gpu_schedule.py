@@ -101,6 +101,11 @@ def max_splits(num_pairs: int, partial_bytes: int) -> int:
     return max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (num_pairs * partial_bytes)))
 
 
+def for_rows_up_to(longest: int, blocks: DecodeBlocks) -> DecodeBlocks:
+    """No more splits than rows of `longest` tokens have: partial results have memory for as many."""
+    return replace(blocks, max_splits=min(blocks.max_splits, -(-longest // blocks.split_tokens)))
+
+
 def make_decode_schedule(
     kv_lens: Array,
     page_indices: Array,
@@ -115,9 +120,7 @@ def make_decode_schedule(
     blocks: DecodeBlocks,
 ) -> DecodeSchedule:
     """The units of the rows [0, distribution[2]), or with `all_rows` False of those with one query."""
-    # No row of the table's width has more, and partial results have memory for all.
-    longest = page_indices.shape[1] * page_size
-    blocks = replace(blocks, max_splits=min(blocks.max_splits, -(-longest // blocks.split_tokens)))
+    blocks = for_rows_up_to(page_indices.shape[1] * page_size, blocks)
     kv_lens, cu_q_lens = jnp.asarray(kv_lens), jnp.asarray(cu_q_lens)
     row = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     active = (kv_lens > 0) & (row < distribution[2])

@@ -88,12 +88,13 @@ def test_kernels_count_by_the_callers_formula():
 
 def test_of_partial_results_those_in_use_count():
     spec = AttentionSpec(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16, max_q_len=1)
-    partials = Partials.of(spec, num_rows=32, context=2048)
+    assert Partials.of(spec, num_rows=32, context=2048, longest=4000).room == 32 * 8 * 8
+    partials = Partials.of(spec, num_rows=32, context=2048, longest=1 << 20)
     assert partials == Partials(room=32 * 8 * 32, used=32 * 8 * 4)  # splits of 512 tokens, room for 32
     sums, scores, other = hlo.arrays("(f32[8192,128,8]{2,1,0}, f32[8192,2,8]{2,1,0}, bf16[8192,128,8]{2,1,0})")
     assert [partials.holds(array) for array in (sums, scores, other)] == [True, True, False]
     assert partials.num_bytes(sums) == 1024 * 128 * 8 * 4
-    assert Partials.of(spec, num_rows=32, context=512).used == 0
+    assert Partials.of(spec, num_rows=32, context=512, longest=512).used == 0
 
 
 @pytest.mark.parametrize(
