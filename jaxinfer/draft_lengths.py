@@ -22,7 +22,7 @@ ROW_WEIGHT = 8.0
 REMEMBERED_OF_ROW, REMEMBERED_OF_ALL = 64.0, 512.0
 """Proposals after which older ones count half."""
 GAIN = 1.05
-"""Drafting must promise so much more than plain decoding: what was measured at start is off by a few percent."""
+"""Drafting must promise so much more than plain decoding, for what was measured at start is not exact."""
 LEAST_CHANCE = 0.05
 """A proposal that is reached and kept more rarely is not made."""
 PROBE_SHARE = 0.01

@@ -73,6 +73,7 @@ def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: Dev
 
 def plain_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
                 page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
+    """The target's token for each row; the draft model does not see it."""
     alone = DeviceState(state.kv_pages.target, state.rows)
     alone, result = steps.decode_round(pair.target, form, params.target, alone, fields, page_indices)
     padded = jnp.pad(result[:, None], ((0, 0), (0, pair.num_drafted), (0, 0)), constant_values=-1)

@@ -169,6 +169,7 @@ def fused_rounds(one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array
 
 
 def decode_round(model, form, params, state: DeviceState, fields, page_indices):
+    """One token for each row that runs; the state and the packed results i32[R, result_width(form)]."""
     rows, slots = state.rows, fields.slots
     alive = row_state.alive(rows, slots, fields.present)
     num_rows = slots.shape[0]
