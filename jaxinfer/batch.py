@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout, SpeculateLayout
-from jaxinfer.types import RowInit, StepKind, StepPlan
+from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
+from jaxinfer.rule_table import IN_PROMPT
+from jaxinfer.types import RowInit, Ruled, StepKind, StepPlan
 
 INIT_SLOT = COLUMNS["init_slot"]
 UINT32 = 0xFFFFFFFF
@@ -114,10 +115,32 @@ def _put_init(row: np.ndarray, floats: np.ndarray, init: RowInit) -> None:
     no_stop_ids = (-1,) * (ROW_WIDTH - STOP_COLUMN - len(init.stop_ids))
     row[INIT_SLOT:] = (
         init.slot, init.tokens_left, _word(init.seed >> 32), _word(init.seed), init.sample_index, init.seeded, 0,
-        init.top_k, 0, 0, init.min_position, *init.stop_ids, *no_stop_ids)
+        init.top_k, 0, 0, init.min_position, init.scored, init.ruled is not None, *init.stop_ids, *no_stop_ids)
     floats[COLUMNS["temperature"]] = init.temperature
     floats[COLUMNS["top_p"]] = init.top_p
     floats[COLUMNS["min_p"]] = init.min_p
+
+
+def pack_rules(slot: int, ruled: Ruled, vocab_size: int) -> np.ndarray:
+    """The token rules of the row at `slot`, i32[RulesLayout.size]."""
+    layout, rules = RulesLayout(vocab_size), ruled.rules
+    flat = np.zeros(layout.size, np.int32)
+    penalties, bias, counts, bad_words, recent = layout.views(flat)
+    flat[0] = slot
+    penalties[:] = rules.presence_penalty, rules.frequency_penalty, rules.repetition_penalty
+    if rules.allowed is not None:
+        bias[:] = -np.inf
+        bias[list(rules.allowed)] = 0.0
+    for id_, value in rules.bias:
+        bias[id_] += value
+    counts[:] = np.bincount(np.asarray(ruled.output, np.int32), minlength=vocab_size)
+    counts[np.asarray(ruled.prompt, np.int32)] |= IN_PROMPT
+    bad_words[:] = recent[:] = -1
+    for row, word in zip(bad_words, rules.bad_words, strict=False):
+        row[-len(word):] = word
+    said = ruled.output[-len(recent):]
+    recent[len(recent) - len(said):] = said
+    return flat
 
 
 def _word(value: int) -> int:

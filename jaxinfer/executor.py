@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxinfer import round_seconds, row_state, steps
-from jaxinfer.batch import Batcher
+from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import Seconds
 from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
@@ -18,6 +18,7 @@ from jaxinfer.programs import (
     APPEND,
     EXTRA_PAGES,
     LOGITS,
+    RULES,
     SAMPLE,
     SCORE,
     Key,
@@ -59,7 +60,8 @@ class Executor:
         return steps.DeviceState(self._model.new_pages(self.config.num_pages, self.config.page_size), self._no_rows())
 
     def _no_rows(self) -> row_state.RowState:
-        return row_state.empty(self.config.max_num_seqs, self.config.max_pages_per_row, self._replicated)
+        return row_state.empty(self.config.max_num_seqs, self.config.max_pages_per_row, self._model.vocab_size,
+                               self._replicated)
 
     def reset(self) -> None:
         """Fresh pages and row state, after a failed step has taken the donated ones along."""
@@ -91,7 +93,7 @@ class Executor:
         return found
 
     def _timed(self, layout: SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
-        busy = round_seconds.busy_rows(self.config, self._replicated)
+        busy = round_seconds.busy_rows(self.config, self._no_rows(), self._replicated)
         state, flat = jax.block_until_ready((self._state._replace(rows=busy), self._put(inputs)))
         began = time.perf_counter()
         self._state, result = self._programs[decode_key(layout, form)](self._params, state, flat)
@@ -103,6 +105,10 @@ class Executor:
         layout, flat, extra = self._batcher.pack(plan)
         if len(extra):
             self._append(extra)
+        for init in plan.init_rows:
+            if init.ruled is not None:
+                rules = self._put(pack_rules(init.slot, init.ruled, self._model.vocab_size))
+                self._state = self._state._replace(rows=self._programs[RULES](self._state.rows, rules))
         if isinstance(layout, PrefillLayout):
             return self._prefill(plan, layout, flat)
         program = self._programs[decode_key(layout, plan.sampler)]

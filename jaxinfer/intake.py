@@ -12,12 +12,13 @@ from jaxinfer import validation
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
 from jaxinfer.model_files import read_json
+from jaxinfer.token_rules import rules_of
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import MAX_STOP_IDS, Request, SamplingParams
 from jaxinfer.validation import Limits
 
 SAMPLING_KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-                 "max_new_tokens": "max_tokens"}
+                 "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
 """generation_config.json's names and ours: the ones that vLLM takes (do_sample, for one, it ignores)."""
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILE = "config.json"
@@ -103,16 +104,18 @@ class Intake:
         params = self._default_params(len(ids)) if params is None else params
         validation.validate(ids, params, self.limits)
         params = validation.normalise(params)
+        stop_ids = validation.stop_ids(params, self.limits)
         return Request(
             id=request_id,
             prompt=ids,
             params=params,
             max_tokens=validation.room_for_output(len(ids), params, self.limits),
             seed=(seeds or self._seeds).getrandbits(63) if params.seed is None else params.seed,
-            stop_ids=validation.stop_ids(params, self.limits),
+            stop_ids=stop_ids,
             priority=int(priority),
             arrival=time.monotonic(),
             cache_salt=cache_salt,
+            rules=rules_of(params, stop_ids, self.limits.vocab_size, self._encode_plain),
         )
 
     def read(self, prompt: Any) -> Prompt:
@@ -139,6 +142,9 @@ class Intake:
         # Nobody asked for this length, so it shrinks to what is left; one that a caller gave is refused instead.
         sampling, left = self.defaults.sampling, self.limits.max_tokens - num_prompt_tokens
         return sampling if sampling.max_tokens is None else replace(sampling, max_tokens=min(sampling.max_tokens, left))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(self._tokenize(text, add_special_tokens=False).ids)
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> Prompt:
         if self.tokenizer is None:

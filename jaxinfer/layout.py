@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.row_state import RowInits
-from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplerForm
+from jaxinfer.rule_table import RuleRow
+from jaxinfer.types import MAX_BAD_WORD_SPELLINGS, MAX_BAD_WORD_TOKENS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerForm
 
 
 def result_width(form: SamplerForm) -> int:
@@ -22,7 +23,7 @@ def result_width(form: SamplerForm) -> int:
 
 ROW_FIELDS = ("slot", "q_len", "end", "on_device", "samples")
 INIT_FIELDS = ("init_slot", "tokens_left", "seed_high", "seed_low", "sample_index", "seeded", "temperature", "top_k",
-               "top_p", "min_p", "min_position")
+               "top_p", "min_p", "min_position", "scored", "ruled")
 COLUMNS = {name: column for column, name in enumerate(ROW_FIELDS + INIT_FIELDS)}
 STOP_COLUMN = len(COLUMNS)
 ROW_WIDTH = STOP_COLUMN + MAX_STOP_IDS
@@ -103,7 +104,8 @@ def _inits(columns: dict[str, jax.Array], stop_ids: jax.Array) -> RowInits:
         seed_words=jax.lax.bitcast_convert_type(words, jnp.uint32), sample_index=columns["sample_index"],
         seeded=columns["seeded"] > 0,
         temperature=floats("temperature"), top_k=columns["top_k"], top_p=floats("top_p"), min_p=floats("min_p"),
-        min_position=columns["min_position"], stop_ids=stop_ids)
+        min_position=columns["min_position"], scored=columns["scored"] > 0, ruled=columns["ruled"] > 0,
+        stop_ids=stop_ids)
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,35 @@ class SpeculateLayout:
         rows, end = 1 + self.num_rows, 1 + 2 * self.num_rows
         slots = flat[1:rows]
         return SpeculateFields(slots, slots < self.num_slots, flat[rows:end], flat[0], flat[end:].reshape(-1, 3))
+
+
+@dataclass(frozen=True)
+class RulesLayout:
+    """[slot 1 | penalties 3 | bias V | counts V | bad words X x Y | recent Y - 1], one row's token rules."""
+
+    vocab_size: int
+
+    @cached_property
+    def borders(self) -> tuple[int, int, int, int]:
+        """Ends of penalties, bias, counts and bad words."""
+        bias = 4 + self.vocab_size
+        counts = bias + self.vocab_size
+        return 4, bias, counts, counts + MAX_BAD_WORD_SPELLINGS * MAX_BAD_WORD_TOKENS
+
+    @property
+    def size(self) -> int:
+        return self.borders[-1] + MAX_BAD_WORD_TOKENS - 1
+
+    def views(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Writable views of penalties f32[3], bias f32[V], counts [V], bad words [X, Y] and recent [Y - 1]."""
+        penalties, bias, counts, words = self.borders
+        floats = flat.view(np.float32)
+        return (floats[1:penalties], floats[penalties:bias], flat[bias:counts],
+                flat[counts:words].reshape(-1, MAX_BAD_WORD_TOKENS), flat[words:])
+
+    def unpack(self, flat: jax.Array) -> tuple[jax.Array, RuleRow]:
+        """The slot i32[] and its rules; flat: i32[size]."""
+        _, bias, counts, words = self.borders
+        floats = jax.lax.bitcast_convert_type(flat[1:bias], jnp.float32)
+        return flat[0], RuleRow(floats[:3], floats[3:], flat[bias:counts],
+                                flat[counts:words].reshape(-1, MAX_BAD_WORD_TOKENS), flat[words:])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxinfer import speculative_step, steps
 from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout
+from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
 from jaxinfer.model import Model
 from jaxinfer.types import SamplerForm
 
@@ -65,12 +65,13 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
     return ("decode", layout.num_rows, form)
 
 
-APPEND, SAMPLE, SCORE, LOGITS = ("append_pages",), ("sample",), ("score",), ("logits",)
+APPEND, RULES, SAMPLE, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("sample",), ("score",), ("logits",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
-    declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature)]
+    declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
+                _rules(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -161,6 +162,13 @@ def _append(signature: Signature) -> tuple[Key, Program]:
     return APPEND, Program("append pages", steps.append_pages,
                            (signature.state, signature.host_array(EXTRA_PAGES, 3)), donate=(0,),
                            out_shardings=_placements(signature))
+
+
+def _rules(signature: Signature) -> tuple[Key, Program]:
+    layout = RulesLayout(signature.model.vocab_size)
+    return RULES, Program("enter token rules", partial(steps.enter_rules, layout),
+                          (signature.state.rows, signature.host_array(layout.size)), donate=(0,),
+                          out_shardings=_placements(signature).rows)
 
 
 def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[str], None]

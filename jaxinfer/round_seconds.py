@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import row_state
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import RoundSeconds, Seconds
 from jaxinfer.layout import SpeculateLayout
@@ -58,9 +57,11 @@ def inputs_of(layout: SpeculateLayout, rounds: int, num_drafted: int) -> np.ndar
     return flat
 
 
-def busy_rows(config: EngineConfig, placement: jax.sharding.Sharding) -> RowState:
-    """Every slot runs and samples. Rows share pages where the pool has too few: nobody reads them later."""
-    rows = row_state.empty(config.max_num_seqs, config.max_pages_per_row, placement)
+def busy_rows(config: EngineConfig, rows: RowState, placement: jax.sharding.Sharding) -> RowState:
+    """Every slot runs and samples. Rows share pages where the pool has too few: nobody reads them later.
+
+    rows: `row_state.empty`.
+    """
     sampling = rows.sampling
     sampling = sampling._replace(temperature=jnp.ones_like(sampling.temperature), top_p=jnp.ones_like(sampling.top_p))
     table = np.arange(rows.page_table.size, dtype=np.int32).reshape(rows.page_table.shape) % config.num_pages

@@ -11,7 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxinfer import rule_table
 from jaxinfer.noise import row_keys
+from jaxinfer.rule_table import RuleRow, RuleTable
 from jaxinfer.sampling import SamplingRows
 from jaxinfer.types import MAX_STOP_IDS
 
@@ -27,6 +29,8 @@ class RowState:
     stopped: jax.Array  # bool[B]
     page_table: jax.Array  # i32[B, M]
     sampling: SamplingRows  # [B] of each
+    scored: jax.Array  # bool[B], wants log-probabilities
+    rules: RuleTable  # [B] of each
 
 
 @flax.struct.dataclass
@@ -43,23 +47,27 @@ class RowInits:
     top_p: jax.Array  # f32[R]
     min_p: jax.Array  # f32[R]
     min_position: jax.Array  # i32[R]
+    scored: jax.Array  # bool[R]
+    ruled: jax.Array  # bool[R], `rule_table.enter` has brought its rules
     stop_ids: jax.Array  # i32[R, MAX_STOP_IDS]
 
 
-def empty(max_num_seqs: int, max_pages_per_row: int, placement: jax.sharding.Sharding) -> RowState:
+def empty(max_num_seqs: int, max_pages_per_row: int, vocab_size: int, placement: jax.sharding.Sharding) -> RowState:
     """All slots stopped, on every device of `placement`."""
     slots = max_num_seqs + 1
     ints = partial(jnp.zeros, (slots,), jnp.int32, device=placement)
+    nowhere = partial(jnp.zeros, (slots,), bool, device=placement)
     floats = partial(jnp.zeros, (slots,), jnp.float32, device=placement)
     sampling = SamplingRows(
-        key=jnp.zeros((slots, 2), jnp.uint32, device=placement), seeded=jnp.zeros((slots,), bool, device=placement),
+        key=jnp.zeros((slots, 2), jnp.uint32, device=placement), seeded=nowhere(),
         temperature=floats(), top_k=ints(), top_p=floats(),
         min_p=floats(), min_position=ints(),
         stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32, device=placement))
     return RowState(
         last_token=ints(), token_before=ints(), kv_len=ints(), tokens_left=ints(),
         stopped=jnp.ones((slots,), bool, device=placement),
-        page_table=jnp.zeros((slots, max_pages_per_row), jnp.int32, device=placement), sampling=sampling)
+        page_table=jnp.zeros((slots, max_pages_per_row), jnp.int32, device=placement), sampling=sampling,
+        scored=nowhere(), rules=rule_table.empty(slots, vocab_size, placement))
 
 
 def initialise(state: RowState, inits: RowInits) -> RowState:
@@ -73,8 +81,27 @@ def initialise(state: RowState, inits: RowInits) -> RowState:
         temperature=put(old.temperature, inits.temperature), top_k=put(old.top_k, inits.top_k),
         top_p=put(old.top_p, inits.top_p), min_p=put(old.min_p, inits.min_p),
         min_position=put(old.min_position, inits.min_position), stop_ids=put(old.stop_ids, inits.stop_ids))
-    return replace(state, tokens_left=put(state.tokens_left, inits.tokens_left),
-                         stopped=put(state.stopped, False), sampling=sampling)
+    return replace(
+        state, tokens_left=put(state.tokens_left, inits.tokens_left), stopped=put(state.stopped, False),
+        sampling=sampling, scored=put(state.scored, inits.scored),
+        rules=state.rules._replace(ruled=put(state.rules.ruled, inits.ruled)))
+
+
+def enter_rules(state: RowState, slot: jax.Array, rules: RuleRow) -> RowState:
+    """The state with the token rules of the row that begins at `slot` i32[]."""
+    return replace(state, rules=rule_table.enter(state.rules, slot, rules))
+
+
+def any_scored(state: RowState, slots: jax.Array, alive: jax.Array) -> jax.Array:
+    """bool[]: whether a row at `slots` i32[R] that is `alive` bool[R] wants log-probabilities."""
+    return jnp.any(alive & state.scored.at[slots].get(mode="clip"))
+
+
+def record(state: RowState, slots: jax.Array, tokens: jax.Array, count: jax.Array) -> RowState:
+    """The state whose rules know the first `count` i32[R] of `tokens` i32[R, X], just said. FULL sampler only: without
+    it no row has rules.
+    """
+    return replace(state, rules=rule_table.record(state.rules, slots, tokens, count))
 
 
 def append_pages(state: RowState, new_pages: jax.Array) -> RowState:

@@ -2,7 +2,7 @@
 
 from jaxinfer.acceptance_rate import AcceptanceRate
 from jaxinfer.page_pool import Digest
-from jaxinfer.types import Request, RequestStats, RowInit, SamplerForm, TokenLogprobs
+from jaxinfer.types import Request, RequestStats, RowInit, Ruled, SamplerForm, TokenLogprobs
 
 NO_SLOT = -1
 
@@ -113,12 +113,18 @@ class Sequence:
             slot=self.slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
             seed=request.seed, seeded=params.seed is not None, sample_index=self.sample_index,
             tokens_left=self.end + 1 - len(self.tokens), min_position=self.num_prompt + params.min_tokens,
-            stop_ids=request.stop_ids)
+            stop_ids=request.stop_ids, scored=params.logprobs is not None, ruled=self._ruled())
+
+    def _ruled(self) -> Ruled | None:
+        rules = self.request.rules
+        if rules is None:
+            return None
+        return Ruled(rules, self.request.prompt, tuple(self.tokens[self.num_prompt:]))
 
 
 def _sampler_form(request: Request) -> SamplerForm:
     """The smallest sampler for a row that is past its minimum length."""
-    if request.params.logprobs is not None:
+    if request.params.logprobs is not None or request.rules is not None:
         return SamplerForm.FULL
     return SamplerForm.GREEDY if request.params.temperature == 0 else SamplerForm.SIMPLE
 

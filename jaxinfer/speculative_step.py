@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import row_state, steps
+from jaxinfer import row_state, rule_table, steps
 from jaxinfer.acceptance import Drafted, Kept, accept, draft_rows
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.layout import PrefillLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
-from jaxinfer.sampling import SamplingRows, sample, score
-from jaxinfer.steps import DeviceState, Unsampled, pack_scores
+from jaxinfer.sampling import SamplingRows, sample
+from jaxinfer.steps import DeviceState, Unsampled
 from jaxinfer.types import SamplerForm
 
 
@@ -89,10 +89,16 @@ def drafting_round(pair: DraftPair, form: SamplerForm, params: Pair, state: Devi
                                    page_indices, draft_rows(sampling))  # fmt: skip
     logits, target_pages = verify(pair, params.target, state.kv_pages.target, rows, slots, alive, drafted, page_indices)
     positions = rows.kv_len.at[slots].get(mode="clip") + 1
-    kept = until_stop(accept(logits, drafted, sampling, positions, form), sampling)
+    wanted = logits
+    if form is SamplerForm.FULL:
+        wanted = rule_table.apply_along(rows.rules, slots, logits, drafted.tokens)
+    kept = until_stop(accept(wanted, drafted, sampling, positions, form), sampling)
     kept = Kept(jnp.where(alive[:, None], kept.tokens, -1), jnp.where(alive, kept.count, 0))
+    scored = row_state.any_scored(rows, slots, alive)
     rows = row_state.advance_many(rows, slots, alive, kept.tokens, kept.count)
-    return DeviceState(Pair(target_pages, draft_pages), rows), pack(logits, kept, form)
+    if form is SamplerForm.FULL:
+        rows = row_state.record(rows, slots, kept.tokens, kept.count)
+    return DeviceState(Pair(target_pages, draft_pages), rows), pack(logits, kept, form, scored)
 
 
 def propose(pair: DraftPair, form: SamplerForm, params: Any, pages: Any, rows: RowState, slots: jax.Array,
@@ -116,6 +122,8 @@ def propose(pair: DraftPair, form: SamplerForm, params: Any, pages: Any, rows: R
 
     def draw(hidden, index, tokens, seen):
         logits = pair.draft.logits(params, hidden)
+        if form is SamplerForm.FULL:
+            logits = rule_table.apply(rows.rules, slots, logits, tokens, index)
         drawn = sample(logits, sampling, kv_len + 1 + index, form)
         seen = seen if seen is None else seen.at[:, index].set(logits)
         return tokens.at[:, index].set(drawn), seen
@@ -167,10 +175,10 @@ def until_stop(kept: Kept, sampling: SamplingRows) -> Kept:
     return Kept(jnp.where(index < count[:, None], kept.tokens, -1), count)
 
 
-def pack(logits: jax.Array, kept: Kept, form: SamplerForm) -> jax.Array:
-    """i32[R, X + 1, result_width(form)]."""
+def pack(logits: jax.Array, kept: Kept, form: SamplerForm, scored: jax.Array) -> jax.Array:
+    """i32[R, X + 1, result_width(form)]; with log-probabilities where `scored` bool[]."""
     if form is not SamplerForm.FULL:
         return kept.tokens[..., None]
     num_rows, width, vocab_size = logits.shape
-    scores = pack_scores(score(logits.reshape(-1, vocab_size), jnp.maximum(kept.tokens, 0).reshape(-1)))
+    scores = steps.scores_if(scored, logits.reshape(-1, vocab_size), jnp.maximum(kept.tokens, 0).reshape(-1))
     return jnp.concatenate([kept.tokens[..., None], scores.reshape(num_rows, width, -1)], axis=-1)

@@ -268,7 +268,7 @@ def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineCo
     params: arrays, or the shapes of `params.abstract_params`.
     """
     everywhere = replicated(model.mesh)
-    empty = partial(row_state.empty, config.max_num_seqs, config.max_pages_per_row, everywhere)
+    empty = partial(row_state.empty, config.max_num_seqs, config.max_pages_per_row, model.vocab_size, everywhere)
     rows = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(empty))
     state = steps.DeviceState(model.cache(config.num_pages, config.page_size).struct(), rows)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import row_state, sampling
-from jaxinfer.layout import DecodeLayout, PrefillLayout, result_width
+from jaxinfer import row_state, rule_table, sampling
+from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, result_width
 from jaxinfer.model import Model, Rows
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
@@ -65,6 +65,7 @@ def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled)
     logits = model.logits(params, unsampled.hidden)
     slots, kv_lens, samples = unsampled.slots, unsampled.kv_lens, unsampled.samples
     tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form)
+    rows = row_state.record(rows, slots, tokens[:, None], samples.astype(jnp.int32))
     return row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens), result
 
 
@@ -101,13 +102,9 @@ def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form):
     tokens = jax.lax.cond(
         form == SamplerForm.GREEDY,
         lambda: sampling.sample(logits, fields, positions, SamplerForm.GREEDY),
-        lambda: sampling.sample(logits, fields, positions, SamplerForm.FULL))
+        lambda: sampling.sample(under_rules(logits, rows, slots), fields, positions, SamplerForm.FULL))
     shown = jnp.where(sampled, tokens, -1)[:, None]
-    width = result_width(SamplerForm.FULL) - 1
-    scores = jax.lax.cond(
-        form == SamplerForm.FULL,
-        lambda: pack_scores(sampling.score(logits, tokens)),
-        lambda: jnp.zeros((tokens.shape[0], width), jnp.int32))
+    scores = scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
     return tokens, jnp.concatenate([shown, scores], axis=1)
 
 
@@ -115,11 +112,26 @@ def _sample_rows(logits, rows: RowState, slots, positions, sampled, form: Sample
     """Tokens i32[R] for `positions` and the packed results i32[R, result_width(form)]; -1 in rows that sample nothing.
     """
     fields = row_state.sampling_of(rows, slots)
-    tokens = sampling.sample(logits, fields, positions, form)
+    wanted = under_rules(logits, rows, slots) if form is SamplerForm.FULL else logits
+    tokens = sampling.sample(wanted, fields, positions, form)
     shown = jnp.where(sampled, tokens, -1)[:, None]
     if form is not SamplerForm.FULL:
         return tokens, shown
-    return tokens, jnp.concatenate([shown, pack_scores(sampling.score(logits, tokens))], axis=1)
+    scores = scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
+    return tokens, jnp.concatenate([shown, scores], axis=1)
+
+
+def under_rules(logits: jax.Array, rows: RowState, slots: jax.Array) -> jax.Array:
+    """Logits f32[R, V] under the token rules of the rows at `slots` i32[R], behind the tokens that are recorded."""
+    none = jnp.zeros((slots.shape[0], 0), jnp.int32)
+    return rule_table.apply(rows.rules, slots, logits, none, jnp.int32(0))
+
+
+def scores_if(wanted: jax.Array, logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`pack_scores` of tokens i32[R] under logits f32[R, V], which take a while; zeros unless `wanted` bool[]."""
+    width = result_width(SamplerForm.FULL) - 1
+    return jax.lax.cond(wanted, lambda: pack_scores(sampling.score(logits, tokens)),
+                        lambda: jnp.zeros((tokens.shape[0], width), jnp.int32))
 
 
 def pack_scores(scores: sampling.Scores) -> jax.Array:
@@ -181,6 +193,8 @@ def decode_round(model, form, params, state: DeviceState, fields, page_indices):
     hidden, kv_pages = model.forward(params, last, positions, state.kv_pages, packed, max_q_len=1)
     logits = model.logits(params, hidden)
     tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form)
+    if form is SamplerForm.FULL:
+        rows = row_state.record(rows, slots, tokens[:, None], alive.astype(jnp.int32))
     return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, last, tokens)), result
 
 
@@ -198,3 +212,8 @@ def logits_chunk(model: Model, num_tokens: int, params: Any, hidden: jax.Array, 
 def append_pages(state: DeviceState, new_pages: jax.Array) -> DeviceState:
     """The state with pages (slot, index, page id) i32[X, 3] entered: for plans with more pages than a step carries."""
     return DeviceState(state.kv_pages, row_state.append_pages(state.rows, new_pages))
+
+
+def enter_rules(layout: RulesLayout, rows: RowState, flat: jax.Array) -> RowState:
+    """The rows with the token rules of one that begins, i32[layout.size]."""
+    return row_state.enter_rules(rows, *layout.unpack(flat))

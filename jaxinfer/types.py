@@ -4,7 +4,7 @@ Letters as in README.md: R rows of a step, V vocabulary, C tokens a page.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_STOP_IDS = 16
@@ -12,6 +12,11 @@ MAX_STOP_IDS = 16
 
 MAX_LOGPROBS = 20
 """Most log-probabilities a token; the OpenAI API has the same limit."""
+
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_SPELLINGS = 2 * MAX_BAD_WORDS
+MAX_BAD_WORD_TOKENS = 16
+"""Of one spelling; each word has two, at the beginning and behind a space. The device keeps so much for every row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +27,10 @@ class SamplingParams:
     seed: any int64; None draws one. logprobs / prompt_logprobs: how many alternatives a token
     (raw, before temperature), None for none. stop: strings that end the output and are cut from it
     unless include_stop_str_in_output. max_tokens None means up to the model's length.
+    presence_penalty, frequency_penalty: taken from the logit of a token once it was said, and for each time it was.
+    repetition_penalty: what logits of tokens in prompt or output are divided by (negative ones multiplied); 1 is off.
+    logit_bias: added to logits, by token id. allowed_token_ids: nothing else is said. banned_token_ids, bad_words: ids
+    and texts that are not (a text as it is usually cut into tokens, at the beginning and within a line).
     """
 
     n: int = 1
@@ -40,6 +49,30 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    banned_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: str | tuple[str, ...] | list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRules:
+    """What changes a request's logits by token before temperature and filters. Ids lie in the vocabulary.
+
+    bias: (id, what is added), allowed ids only if there is `allowed`; -inf forbids. allowed: None is all. bad_words:
+    sequences of 2 to MAX_BAD_WORD_TOKENS ids, at most MAX_BAD_WORD_SPELLINGS, whose last token may not follow the
+    others in the output.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +81,7 @@ class Request:
 
     stop_ids: every id that ends a row (stop_token_ids, and end-of-sequence unless ignored), at most
     MAX_STOP_IDS. priority: lower runs first. arrival: time.monotonic() seconds.
-    cache_salt: requests share prefix pages only with requests of the same salt.
+    cache_salt: requests share prefix pages only with requests of the same salt. rules: None where params set none.
     """
 
     id: str
@@ -60,6 +93,7 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    rules: TokenRules | None = None
 
 
 class SamplerForm(enum.IntEnum):
@@ -70,7 +104,7 @@ class SamplerForm(enum.IntEnum):
     SIMPLE = 1
     """temperature, top-k, top-p, min-p with seeded noise"""
     FULL = 2
-    """SIMPLE with a minimum length and log-probabilities"""
+    """SIMPLE with a minimum length, token rules and log-probabilities"""
 
 
 class StepKind(enum.Enum):
@@ -86,7 +120,7 @@ class RowInit:
 
     tokens_left: tokens it may still generate. min_position: stop ids are banned while the position
     of the sampled token is below it. sample_index: which of the request's n samples this is. seeded: the
-    request brought its seed.
+    request brought its seed. scored: it wants log-probabilities. ruled: what `rules` need, None without.
     """
 
     slot: int
@@ -100,6 +134,17 @@ class RowInit:
     tokens_left: int
     min_position: int
     stop_ids: tuple[int, ...]
+    scored: bool = False
+    ruled: "Ruled | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ruled:
+    """A row's token rules and its known tokens, which they look at."""
+
+    rules: TokenRules
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 
 MAX_SAMPLES = 16
 MAX_STOPS = 16
@@ -22,9 +22,14 @@ MAX_STOP_BYTES = 256
 MAX_NAME_BYTES = 256
 """Request ids and cache salts are kept and hashed per request; unbounded ones cost memory."""
 MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
+"""As in the OpenAI API; both are added to logits, which lie within about +-30."""
+MAX_BAD_WORD_BYTES = 64
 INT32 = (-(2**31), 2**31 - 1)
 INT64 = (-(2**63), 2**63 - 1)
 SHOWN_CHARS = 60
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _SHORT = reprlib.Repr(maxlevel=3, maxstring=SHOWN_CHARS, maxother=SHOWN_CHARS)
 
 
@@ -60,6 +65,7 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
     _check_lengths(len(ids), params, limits)
     _check_stop_strings(params, limits)
     _check_stop_ids(params, limits)
+    _check_token_rules(params, limits)
     for name in ("logprobs", "prompt_logprobs"):
         _optional_int(name, getattr(params, name), 0, MAX_LOGPROBS)
 
@@ -103,6 +109,17 @@ def _own_stop_ids(params: SamplingParams) -> tuple[int, ...]:
     return () if params.stop_token_ids is None else tuple(map(int, params.stop_token_ids))
 
 
+def bad_words(params: SamplingParams) -> tuple[str, ...]:
+    """`bad_words` as a tuple, whichever of its forms was given."""
+    return (params.bad_words,) if isinstance(params.bad_words, str) else tuple(params.bad_words or ())
+
+
+def bias_items(params: SamplingParams) -> tuple[tuple[int, float], ...]:
+    """`logit_bias` as pairs, whichever of its forms was given."""
+    bias = () if params.logit_bias is None else params.logit_bias
+    return tuple(bias.items()) if isinstance(bias, Mapping) else tuple(bias)
+
+
 def resolve(fields: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
     """SamplingParams from the fields a client really sent; `defaults` (the model's) fill the others.
 
@@ -119,12 +136,18 @@ def resolve(fields: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
 
 def normalise(params: SamplingParams) -> SamplingParams:
     """Validated parameters as plain Python values (no numpy scalars, tuples for lists): hashable, serialisable."""
-    changes: dict[str, Any] = {name: float(getattr(params, name)) for name in ("temperature", "top_p", "min_p")}
+    changes: dict[str, Any] = {name: float(getattr(params, name))
+                               for name in ("temperature", "top_p", "min_p", *PENALTIES)}
     for name in ("n", "top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
         value = getattr(params, name)
         changes[name] = None if value is None else int(value)
     changes["stop"] = stop_strings(params) or None
     changes["stop_token_ids"] = _own_stop_ids(params) or None
+    changes["logit_bias"] = tuple(sorted((int(id_), float(value)) for id_, value in bias_items(params))) or None
+    for name in ("allowed_token_ids", "banned_token_ids"):
+        ids = getattr(params, name)
+        changes[name] = None if ids is None else tuple(dict.fromkeys(map(int, ids)))
+    changes["bad_words"] = bad_words(params) or None
     return dataclasses.replace(params, **changes)
 
 
@@ -216,6 +239,47 @@ def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
     if count > MAX_STOP_IDS:
         raise InvalidRequest("stop_token_ids", f"with the model's end-of-sequence ids there are {count} stop ids; "
                              f"the limit is {MAX_STOP_IDS}; give fewer")
+
+
+def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
+    for name in ("presence_penalty", "frequency_penalty"):
+        _float(name, getattr(params, name), -MAX_PENALTY, MAX_PENALTY, hint="0 switches it off")
+    _float("repetition_penalty", params.repetition_penalty, 0.0, MAX_PENALTY, above_low=True, hint="1 switches it off")
+    _check_logit_bias(params, limits)
+    for name in ("allowed_token_ids", "banned_token_ids"):
+        if getattr(params, name) is not None:
+            _known_ids(name, getattr(params, name), limits.vocab_size)
+    _check_bad_words(params, limits)
+
+
+def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
+    try:
+        items = bias_items(params)
+        ids = _plain_ids("logit_bias", [id_ for id_, _ in items])
+    except (TypeError, ValueError):
+        raise InvalidRequest("logit_bias", f"must map token ids to numbers, got {shown(params.logit_bias)}") from None
+    _check_id_range("logit_bias", ids, limits.vocab_size)
+    if len(set(ids)) < len(ids):
+        raise InvalidRequest("logit_bias", "names a token id twice; give each id once")
+    for id_, value in items:
+        _float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, hint=f"token {id_}; banned_token_ids forbids one")
+
+
+def _check_bad_words(params: SamplingParams, limits: Limits) -> None:
+    if params.bad_words is None:
+        return
+    if not isinstance(params.bad_words, (str, list, tuple)):
+        raise InvalidRequest("bad_words", f"must be a list of strings, got {shown(params.bad_words)}")
+    words = bad_words(params)
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest("bad_words", f"has {len(words)} strings; the limit is {MAX_BAD_WORDS}")
+    for word in words:
+        check_text("bad_words", word, max_bytes=MAX_BAD_WORD_BYTES)
+        if not word.strip():
+            raise InvalidRequest("bad_words", "holds an empty or blank string, which would forbid everything; "
+                                 "leave it out")
+    if words and not limits.has_tokenizer:
+        raise InvalidRequest("bad_words", "needs text, but the model folder has no tokenizer; use banned_token_ids")
 
 
 def _known_ids(field: str, value: Any, vocab_size: int) -> tuple[int, ...]:

@@ -52,6 +52,13 @@ class Sampling(TypedDict, total=False):
     include_stop_str_in_output: bool | None
     detokenize: bool | None
     skip_special_tokens: bool | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    banned_token_ids: Sequence[int] | None
+    bad_words: str | Sequence[str] | None
 
 
 class Envelope(Sampling, total=False):
@@ -245,8 +252,9 @@ class AsyncClient:
 def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
     """The wire's request; only what was given is set. Raises TypeError on an unknown option."""
     given = _given(**options)
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
+    for name in ("stop", "bad_words"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
     envelope = {name: given.pop(name) for name in ("request_id", "priority", "cache_salt") if name in given}
     unknown = given.keys() - Sampling.__annotations__.keys()
     if unknown:

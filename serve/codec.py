@@ -56,9 +56,14 @@ def chat_messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
 
 def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
     """The fields that were set, over `defaults`: both sides have the same names, which a test holds."""
-    sent: dict[str, Any] = {one.name: value if isinstance(value, SCALARS) else tuple(value)
-                            for one, value in message.ListFields()}
-    return replace(defaults, **sent)
+    return replace(defaults, **{one.name: plain(value) for one, value in message.ListFields()})
+
+
+def plain(value: Any) -> Any:
+    """A field's value without protobuf's containers."""
+    if isinstance(value, SCALARS):
+        return value
+    return dict(value) if isinstance(value, Mapping) else tuple(value)
 
 
 def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

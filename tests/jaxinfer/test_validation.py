@@ -38,6 +38,13 @@ ACCEPTED = {
     "prompt_logprobs": [None, 0, 20],
     "ignore_eos": [True, False],
     "detokenize": [True, False],
+    "presence_penalty": [-2, 0, 2.0, np.float32(0.5)],
+    "frequency_penalty": [-2.0, 0.0, 1],
+    "repetition_penalty": [1e-9, 1, 2.0],
+    "logit_bias": [None, {}, {0: 100, 99: -100.0}, {np.int64(5): np.float32(1)}, ((7, 1.0),)],
+    "allowed_token_ids": [None, [0], (99, 5), np.array([4, 5])],
+    "banned_token_ids": [None, [0, 0], (99,)],
+    "bad_words": [None, [], "a", ["a"] * 32, ("é" * 32,)],
 }
 
 REFUSED = {
@@ -58,6 +65,14 @@ REFUSED = {
     "include_stop_str_in_output": [0],
     "detokenize": [1],
     "skip_special_tokens": [None],
+    "presence_penalty": [-2.1, 2.1, math.nan, None, "1", True],
+    "frequency_penalty": [-2.1, math.inf, None],
+    "repetition_penalty": [0, 2.1, -1, math.nan, None],
+    "logit_bias": [{100: 1}, {-1: 1}, {"5": 1}, {5: 101}, {5: math.nan}, {5: None}, {True: 1}, 5, "ab", [5, 6],
+                   ((5, 1.0), (5, 2.0)), {1.5: 0}],
+    "allowed_token_ids": [[], [100], [-1], [1.5], 5, "5"],
+    "banned_token_ids": [[], [100], [True], {1}],
+    "bad_words": [["a"] * 33, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
 }
 
 
