@@ -9,17 +9,14 @@ killed and replaced.
 
 import json
 import signal
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
+from jaxinfer.child_process import ChildProcess, limit_memory, send
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError
 from jaxinfer.validation import check_text, shown
 
@@ -31,8 +28,6 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_NAME_BYTES = 256
 MAX_SOURCE_BYTES = 256 * 1024
 """Templates in the wild are at most about 20 kB."""
-START_SECONDS = 30.0
-"""For a child to import jinja2 and compile the template; about 0.15 s on an idle machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +51,11 @@ class ChatTemplate:
                  options: Mapping[str, Any] | None = None, bounds: Bounds = Bounds()):
         if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
             raise ModelFormatError(f"the chat template is over {MAX_SOURCE_BYTES} bytes")
-        path = [str(Path(__file__).parents[1]), *(str(Path(entry).absolute()) for entry in sys.path)]
-        self._setup = {"source": source, "bounds": asdict(bounds), "path": path,
+        self._setup = {"source": source, "bounds": asdict(bounds),
                        "variables": {**(special_tokens or {}), **(options or {})}}
         self._bounds = bounds
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._child: ChildProcess | None = None
 
     def start(self) -> None:
         """Starts the child and compiles the template. Raises ModelFormatError if it does not compile."""
@@ -89,12 +83,12 @@ class ChatTemplate:
         with self._lock:
             self._stop()
 
-    def _running(self) -> "_Child":
+    def _running(self) -> ChildProcess:
         if self._child is not None and not self._child.alive:
             self._stop()
         if self._child is None:
-            child = _Child()
-            reply = child.ask(self._setup, START_SECONDS)
+            child = ChildProcess("jaxinfer.chat_template:serve_renders")
+            reply = child.set_up(self._setup)
             if reply is None or "ready" not in reply:
                 child.kill()
                 _text_of(reply or {"kind": "format", "problem": "broke its limits while compiling"})
@@ -105,62 +99,6 @@ class ChatTemplate:
         if self._child is not None:
             self._child.kill()
             self._child = None
-
-
-class _Child:
-    """The worker process: one JSON line in, one JSON line out, at most one at a time."""
-
-    def __init__(self):
-        # The child sees an import path and the template, and only ever answers with a line of JSON.
-        self._process = subprocess.Popen(  # noqa: S603 (fixed program, our own interpreter)
-            [sys.executable, "-I", "-c", CHILD_PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
-        self._condemned = False
-        self.kill = weakref.finalize(self, _end, self._process)
-        """Ends the process; runs by itself when nobody holds the child any more, and at exit."""
-
-    @property
-    def alive(self) -> bool:
-        return not self._condemned and self._process.poll() is None
-
-    def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply, or None when the child died or was killed for taking longer than `seconds`."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            return None
-        # Ending the child is what ends the blocking calls below, so nothing else needs a time limit.
-        timer = threading.Timer(seconds, self._condemn)
-        timer.daemon = True
-        timer.start()
-        try:
-            stdin.write(json.dumps(job).encode() + b"\n")
-            stdin.flush()
-            line = stdout.readline()
-        except OSError:
-            line = b""
-        except BaseException:
-            # Ctrl-C here must not leave a reply in the pipe: the next request would read it as its own.
-            self._condemn()
-            raise
-        finally:
-            timer.cancel()
-            timer.join()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def _condemn(self) -> None:
-        self._condemned = True  # poll() sees the end only a moment after kill()
-        self._process.kill()
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    for stream in (process.stdin, process.stdout):
-        try:
-            if stream is not None:
-                stream.close()
-        except OSError:
-            continue  # unwritten bytes of a dead child
-    process.wait()
 
 
 def checked_messages(messages: Any) -> list[dict[str, str]]:
@@ -223,15 +161,6 @@ def _text_of(reply: Mapping[str, Any]) -> str:
 
 # --- Everything below runs in the child. ---
 
-CHILD_PROGRAM = """
-import json, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which may still be draining
-setup = json.loads(sys.stdin.buffer.readline())
-sys.path[:] = setup["path"]
-from jaxinfer.chat_template import serve_renders
-serve_renders(setup, sys.stdin.buffer, sys.stdout.buffer)
-"""
-
 MAX_PROBLEM_CHARS = 300
 
 
@@ -252,10 +181,10 @@ def serve_renders(setup: dict[str, Any], requests: IO[bytes], replies: IO[bytes]
         variables = {"tools": None, "documents": None, **setup["variables"], **json.loads(line)}
         return {"text": _bounded_text(template[0].generate(variables), bounds.output_bytes)}
 
-    _limit_memory(bounds.memory_bytes)
-    _send(replies, _guarded(compile_it, bounds.seconds))
+    limit_memory(bounds.memory_bytes)
+    send(replies, _guarded(compile_it, bounds.seconds))
     for line in requests:
-        _send(replies, _guarded(partial(render, line), bounds.seconds))
+        send(replies, _guarded(partial(render, line), bounds.seconds))
 
 
 def _guarded(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -281,20 +210,6 @@ def _guarded(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, An
 
 def _problem(kind: str, problem: str) -> dict[str, Any]:
     return {"kind": kind, "problem": problem[:MAX_PROBLEM_CHARS]}
-
-
-def _send(replies: IO[bytes], reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply).encode() + b"\n")
-    replies.flush()
-
-
-def _limit_memory(num_bytes: int) -> None:
-    import resource
-
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    except (OSError, ValueError):
-        return  # macOS knows no such limit: there time and output are bounded, memory only through them
 
 
 def _bounded_text(pieces: Any, limit: int) -> str:

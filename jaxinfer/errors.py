@@ -19,6 +19,10 @@ class InvalidRequest(JaxInferError, ValueError):
         self.field = field
 
 
+class GrammarFailed(InvalidRequest):
+    """The grammar of a row broke a limit while the row was generated; this row cannot go on, others can."""
+
+
 class InvalidConfig(JaxInferError, ValueError):
     """An engine, model or mesh setting cannot work; `field` names it."""
 

@@ -6,6 +6,7 @@ Letters as in README.md: R rows of a step, V vocabulary, C tokens a page.
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_STOP_IDS = 16
 """Stop ids a row can hold on the device (end-of-sequence ids included)."""
@@ -73,6 +74,35 @@ class TokenRules:
     bias: tuple[tuple[int, float], ...] = ()
     allowed: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """What the output must look like: exactly one kind. Names are those of vLLM's StructuredOutputsParams.
+
+    json: a JSON schema, as an object or its text. json_object: any JSON object. regex: an expression that the
+    whole output matches (Rust's syntax: no look-around, no back references). choice: one of these strings.
+    grammar: a grammar in llguidance's dialect of Lark. disable_any_whitespace: JSON without any white space
+    between its tokens; otherwise a space, or a line break and indentation. `structured_output.checked` makes it
+    hashable.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    grammar: str | None = None
+    disable_any_whitespace: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set, the first one if there are several; "" for none."""
+        set_ = (name for name in STRUCTURED_KINDS if getattr(self, name) not in (None, False))
+        return next(set_, "")
+
+
+STRUCTURED_KINDS = ("json", "json_object", "regex", "choice", "grammar")
+"""Fields of StructuredOutput of which a request sets one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,208 @@
+"""Grammars of one model: compiled off the engine's thread, kept for the next request that brings the same one."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jaxinfer.errors import GrammarFailed, InvalidRequest, Overloaded
+from jaxinfer.grammar_check import DEFAULT_BOUNDS, Bounds, GrammarCheck, first_problem
+from jaxinfer.grammar_matcher import Matcher
+from jaxinfer.grammar_vocabulary import Vocabulary
+from jaxinfer.llguidance_binding import grammar_text, library, make_matcher, make_tokenizer, problem_of
+from jaxinfer.structured_output import FIELD, checked
+from jaxinfer.types import StructuredOutput
+
+if TYPE_CHECKING:
+    import llguidance
+
+    from jaxinfer.tokenizer import Tokenizer
+
+NUM_WORKERS = 2
+"""Grammars compiled at a time, each with a child process of its own."""
+MAX_WAITING = 64
+"""Grammars that wait for a worker or are being compiled."""
+MAX_WAIT_SECONDS = 30.0
+MAX_KEPT = 32
+"""Compiled grammars kept; a hostile one may hold some 25 MB of lexer states."""
+MAX_REBUILD_SECONDS = 0.1
+"""A grammar that took longer to compile is not compiled again on the engine's thread."""
+
+
+class CompiledGrammar:
+    """One grammar, ready to use. Thread-safe. Rows share what the lexer has learnt of the text so far: that is what
+    makes masks fast; `rebuilt` is for the row that meets a broken shared lexer.
+
+    kind: the field of StructuredOutput, for messages. seconds: what compiling took.
+    """
+
+    def __init__(self, wanted: StructuredOutput, text: str, vocabulary: Vocabulary, first: "llguidance.LLMatcher",
+                 tokenizer: "llguidance.LLTokenizer", seconds: float):
+        self.kind = wanted.kind
+        self.vocabulary = vocabulary
+        self.seconds = seconds
+        self.names_tokens = wanted.grammar is not None and "<" in wanted.grammar
+        """Whether it may name tokens by id, even those that no text may have."""
+        self._text = text
+        self._tokenizer = tokenizer
+        self._first: llguidance.LLMatcher | None = first
+        self._lock = threading.Lock()
+
+    def matcher(self) -> Matcher:
+        """For a row at the start of its output. Raises GrammarFailed."""
+        return Matcher(self, *self.start())
+
+    def start(self) -> "tuple[llguidance.LLMatcher, bool]":
+        """llguidance's matcher at the start of the output, and whether its lexer is shared."""
+        with self._lock:
+            first = None if self._first is None else self._first.deep_copy()
+        return (self.rebuilt(), False) if first is None or first.is_error() else (first, True)
+
+    def rebuilt(self) -> "llguidance.LLMatcher":
+        """One that shares nothing, compiled anew; the shared one is given up. Raises GrammarFailed."""
+        with self._lock:
+            self._first = None
+        if self.seconds > MAX_REBUILD_SECONDS:
+            raise GrammarFailed(f"{FIELD}.{self.kind}", f"broke its limits, and compiling it again takes "
+                                f"{self.seconds:.1f} s (limit {MAX_REBUILD_SECONDS:g} s); make it simpler")
+        found = make_matcher(self._tokenizer, self._text)
+        if found.is_error():
+            raise GrammarFailed(f"{FIELD}.{self.kind}", f"cannot be compiled again: {problem_of(found)}")
+        return found
+
+
+class Grammars:
+    """Compiles grammars for one model. Thread-safe, but for the engine's thread: `compile` waits.
+
+    tokenizer: the model's. vocab_size: V of its logits; ids that spell no text are never legal. eos_ids: the model's
+    end-of-sequence ids, legal where the output is complete, and only there.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer | None", vocab_size: int, eos_ids: Sequence[int],
+                 bounds: Bounds = DEFAULT_BOUNDS):
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = tuple(eos_ids)
+        self._bounds = bounds
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
+        self._num_waiting = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._checks: list[GrammarCheck] = []
+        self._free: list[GrammarCheck] = []
+
+    def start(self) -> None:
+        """Does now what the first grammar would wait for: token table and one child process, about 2 s at V 131,072.
+
+        Raises InvalidRequest where the model or the installation cannot do grammars.
+        """
+        _ = self._tokenizer
+        check = self._taken_check()
+        check.start()
+        self._give_back(check)
+
+    def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
+        """Waits for the compiled grammar: milliseconds, at most `Bounds.seconds` for the check and its like for the
+        rest.
+
+        Raises InvalidRequest for what cannot be compiled and Overloaded when too many are waiting.
+        """
+        try:
+            return self.submit(wanted).result(MAX_WAIT_SECONDS)
+        except FutureTimeout:
+            raise Overloaded(f"no grammar could be compiled for {MAX_WAIT_SECONDS:g} s; try again later") from None
+
+    def submit(self, wanted: StructuredOutput) -> "Future[CompiledGrammar]":
+        """The same without waiting. Raises at once what `compile` would raise at once."""
+        wanted = checked(wanted)
+        _ = self._vocabulary
+        library()
+        with self._lock:
+            found = self._kept.get(wanted)
+            if found is not None:
+                self._kept.move_to_end(wanted)
+                return found
+            if self._num_waiting >= MAX_WAITING:
+                raise Overloaded(f"{MAX_WAITING} grammars are waiting to be compiled, which is the limit; "
+                                 "try again later")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(NUM_WORKERS, "jaxinfer-grammar")
+            self._num_waiting += 1
+            future = self._kept[wanted] = self._pool.submit(self._compiled, wanted)
+            self._evict()
+        future.add_done_callback(lambda _: self._finish(wanted))
+        return future
+
+    def close(self) -> None:
+        """Ends the workers and their processes."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            checks, self._checks, self._free = self._checks, [], []
+            self._kept.clear()
+        for check in checks:
+            check.close()
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self._source, self._vocab_size, self._eos_ids)
+
+    @cached_property
+    def _tokenizer(self) -> "llguidance.LLTokenizer":
+        return make_tokenizer(self._vocabulary.table, self._eos_ids)
+
+    def _compiled(self, wanted: StructuredOutput) -> CompiledGrammar:
+        """On a worker's thread."""
+        text = grammar_text(wanted)
+        check = self._taken_check()
+        try:
+            verdict = check.check(text)
+        finally:
+            self._give_back(check)
+        tokenizer, began = self._tokenizer, time.monotonic()
+        if verdict.problem:
+            raise _Refused(wanted.kind, verdict.problem, verdict.is_certain)
+        first = make_matcher(tokenizer, text)
+        seconds = time.monotonic() - began
+        if problem := first_problem(first):
+            raise _Refused(wanted.kind, problem, True)
+        return CompiledGrammar(wanted, text, self._vocabulary, first, tokenizer, seconds)
+
+    def _finish(self, wanted: StructuredOutput) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+            future = self._kept.get(wanted)
+            if future is None or not future.done():
+                return
+            error = None if future.cancelled() else future.exception()
+            # A slow machine may break a bound by chance; what is wrong for certain need not be tried again.
+            if future.cancelled() or (error is not None and not getattr(error, "is_certain", False)):
+                del self._kept[wanted]
+
+    def _evict(self) -> None:
+        done = [wanted for wanted, future in self._kept.items() if future.done()]
+        for wanted in done[:max(0, len(self._kept) - MAX_KEPT)]:
+            del self._kept[wanted]
+
+    def _taken_check(self) -> GrammarCheck:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            check = GrammarCheck(self._vocabulary.table, self._eos_ids, self._bounds)
+            self._checks.append(check)
+            return check
+
+    def _give_back(self, check: GrammarCheck) -> None:
+        with self._lock:
+            self._free.append(check)
+
+
+class _Refused(InvalidRequest):
+    def __init__(self, kind: str, problem: str, is_certain: bool):
+        super().__init__(f"{FIELD}.{kind}", f"cannot be compiled: {problem}")
+        self.is_certain = is_certain
