@@ -34,8 +34,8 @@ MAX_REBUILD_SECONDS = 0.1
 
 
 class CompiledGrammar:
-    """One grammar, ready to use. Thread-safe. Rows share what the lexer has learnt of the text so far: that is what
-    makes masks fast; `rebuilt` is for the row that meets a broken shared lexer.
+    """One grammar, ready to use. Thread-safe. Rows share a lexer and what it has learnt, which makes masks about five
+    times faster; where one row drives it over a limit it is broken for all, and each makes its own.
 
     kind: the field of StructuredOutput, for messages. seconds: what compiling took.
     """
@@ -52,20 +52,29 @@ class CompiledGrammar:
         self._first: llguidance.LLMatcher | None = first
         self._lock = threading.Lock()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether new rows may begin: not so once a shared lexer broke that takes long to make again."""
+        return self._first is not None or self.seconds <= MAX_REBUILD_SECONDS
+
     def matcher(self) -> Matcher:
         """For a row at the start of its output. Raises GrammarFailed."""
-        return Matcher(self, *self.start())
+        return Matcher(self, self.start())
 
-    def start(self) -> "tuple[llguidance.LLMatcher, bool]":
-        """llguidance's matcher at the start of the output, and whether its lexer is shared."""
+    def start(self) -> "llguidance.LLMatcher":
+        """llguidance's matcher at the start of the output, its lexer shared with others. Raises GrammarFailed."""
         with self._lock:
-            first = None if self._first is None else self._first.deep_copy()
-        return (self.rebuilt(), False) if first is None or first.is_error() else (first, True)
+            if self._first is None:
+                self._first = self._made()
+            return self._first.deep_copy()
 
     def rebuilt(self) -> "llguidance.LLMatcher":
-        """One that shares nothing, compiled anew; the shared one is given up. Raises GrammarFailed."""
+        """One that shares nothing, for a row whose shared lexer broke; that one is given up. Raises GrammarFailed."""
         with self._lock:
             self._first = None
+        return self._made()
+
+    def _made(self) -> "llguidance.LLMatcher":
         if self.seconds > MAX_REBUILD_SECONDS:
             raise GrammarFailed(f"{FIELD}.{self.kind}", f"broke its limits, and compiling it again takes "
                                 f"{self.seconds:.1f} s (limit {MAX_REBUILD_SECONDS:g} s); make it simpler")
@@ -123,7 +132,7 @@ class Grammars:
         library()
         with self._lock:
             found = self._kept.get(wanted)
-            if found is not None:
+            if found is not None and _is_good(found):
                 self._kept.move_to_end(wanted)
                 return found
             if self._num_waiting >= MAX_WAITING:
@@ -200,6 +209,12 @@ class Grammars:
     def _give_back(self, check: GrammarCheck) -> None:
         with self._lock:
             self._free.append(check)
+
+
+def _is_good(future: "Future[CompiledGrammar]") -> bool:
+    """Whether to wait for it, or to take its grammar or its error."""
+    return not future.done() or (not future.cancelled() and (
+        future.exception() is not None or future.result().is_usable))
 
 
 class _Refused(InvalidRequest):

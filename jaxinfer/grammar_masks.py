@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class MaskFiller:
-    """num_threads: None is four fifths of the machine's cores, 32 at most. For one thread at a time, the engine's."""
+    """num_threads: None is four fifths of the machine's cores, 32 at most. For one thread at a time, the engine's.
+
+    Only rows of different grammars run side by side: those of one share a lexer, and take turns at it.
+    """
 
     def __init__(self, num_threads: int | None = None):
         self._num_threads = num_threads

@@ -23,11 +23,11 @@ class Matcher:
     End-of-sequence ids are legal exactly where the output is complete; after one, only they are.
     """
 
-    def __init__(self, grammar: "CompiledGrammar", inner: "llguidance.LLMatcher", is_shared: bool):
+    def __init__(self, grammar: "CompiledGrammar", inner: "llguidance.LLMatcher"):
         self.grammar = grammar
         self.inner = inner
         """llguidance's matcher, for masks of many rows at once."""
-        self._is_shared = is_shared
+        self._is_shared = True
         self._tokens: list[int] = []
         self._num_ends = 0  # llguidance takes an end back by a rollback in some states only, so it never sees one
 
@@ -100,6 +100,8 @@ class Matcher:
     def advance(self, tokens: Sequence[int]) -> None:
         """Takes tokens of the output. Raises GrammarFailed at an illegal one; those before it are taken."""
         num_text = next((i for i, id in enumerate(tokens) if self._is_end(id)), len(tokens))
+        if self._num_ends:
+            num_text = 0  # no text after an end
         self._consume(list(tokens[:num_text]))
         for id in tokens[num_text:]:
             if not (self._is_end(id) and self.is_complete):
@@ -121,13 +123,13 @@ class Matcher:
     def copy(self) -> "Matcher":
         """A second matcher at the same place, for another sample."""
         self._is_shared = True
-        found = Matcher(self.grammar, self.inner.deep_copy(), True)
+        found = Matcher(self.grammar, self.inner.deep_copy())
         found._tokens, found._num_ends = list(self._tokens), self._num_ends
         return found
 
     def reset(self) -> None:
         """Back to the start of the output."""
-        self.inner, self._is_shared = self.grammar.start()
+        self.inner, self._is_shared = self.grammar.start(), True
         self._tokens, self._num_ends = [], 0
 
     def replay(self, tokens: Sequence[int]) -> None:

@@ -96,15 +96,10 @@ def _body(wanted: StructuredOutput) -> dict[str, Any]:
     if wanted.regex is not None:
         return {"lark_grammar": f"start: /{library().regex_to_lark(wanted.regex, use_ascii='')}/"}
     if wanted.choice is not None:
-        # One terminal, since each alternative of a rule would be an item of the parser.
-        return {"lark_grammar": f"start: CHOICE\nCHOICE: {' | '.join(map(_quoted, wanted.choice))}"}
+        # One terminal, since each alternative of a rule would be an item of the parser. Lark's strings are JSON's.
+        return {"lark_grammar": f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, wanted.choice))}"}
     if wanted.grammar is not None:
         return {"lark_grammar": wanted.grammar}
     schema = json.loads(wanted.json) if isinstance(wanted.json, str) else {"type": "object"}
     space = {"whitespace_flexible": False} if wanted.disable_any_whitespace else {"whitespace_pattern": WHITESPACE}
     return {"json_schema": {**schema, LIBRARY_OPTIONS: space}}
-
-
-def _quoted(text: str) -> str:
-    # Lark's strings are JSON's, but for DEL, which JSON leaves as it is.
-    return json.dumps(text).replace("\x7f", "\\u007f")

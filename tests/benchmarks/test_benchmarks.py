@@ -20,6 +20,7 @@ LIMITED = {
              "64 streams: server CPU a token, ours / bare"],
     "mixed_load": ["compiles after ready", "pages held when idle", "failed steps"],
     "batching": ["share of the device limit", "tokens/s over one row's", "tokens/s over static batches'"],
+    "grammar": ["V 4096: masks of 64 rows, a step"],
     "host": ["64 rows", "256 rows"],
     "prefix": ["time to first token, no cache / cache", "tokens/s, cache / no cache"],
     "quality": ["int8 weights: over bfloat16", "int8 weights and activations: over bfloat16",
