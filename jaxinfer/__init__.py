@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from jaxinfer.offline import LLM
     from jaxinfer.outputs import CompletionOutput, Logprob, RequestOutput
-    from jaxinfer.types import SamplingParams
+    from jaxinfer.types import SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StepFailed",
+    "StructuredOutput",
     "TokenizerMissing",
     "__version__",
 ]
@@ -50,6 +51,7 @@ __all__ = [
 _HOME = {
     "LLM": "offline",
     "SamplingParams": "types",
+    "StructuredOutput": "types",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "RequestOutput": "outputs",

@@ -107,13 +107,18 @@ class EngineConfig:
                                 "memory share, or lower max_model_len or max_num_seqs")
 
 
-def token_sizes(largest: int, least: int = 64) -> tuple[int, ...]:
-    """Packed-token sizes T that prefill is compiled for: the budget and its halves, six sizes of at least `least`.
+FEW_TOKENS, USUAL_TOKENS = 8, 64
+
+
+def token_sizes(largest: int, least: int = FEW_TOKENS) -> tuple[int, ...]:
+    """Packed-token sizes T that prefill is compiled for, of at least `least`: the budget and its halves, six sizes of
+    64 tokens or more, and one for a few tokens: of rows with a grammar, and behind a prefix that was found.
 
     A mixed step pays for every padded token where compute is scarce, so the sizes are a factor of two apart.
     """
     halves = {-(-(largest >> shift) // 8) * 8 for shift in range(1, 6)}
-    return (*sorted(size for size in halves if least <= size < largest), largest)
+    sizes = {FEW_TOKENS, *(size for size in halves if size >= USUAL_TOKENS)}
+    return (*sorted(size for size in sizes if least <= size < largest), largest)
 
 
 def row_sizes(largest: int, least: int = 2) -> tuple[int, ...]:

@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxinfer.errors import StepFailed
 from jaxinfer.executor import InFlight
+from jaxinfer.masks import Masks
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.types import Request, StepPlan, StepResult, TokenChunk
 
@@ -22,6 +25,8 @@ class StepRunner(Protocol):
     """The device as the engine sees it (`executor.Executor`; tests and benchmarks have fakes)."""
 
     def dispatch(self, plan: StepPlan) -> InFlight: ...
+
+    def sample(self, step: InFlight, masks: np.ndarray) -> None: ...
 
     def read(self, step: InFlight) -> StepResult: ...
 
@@ -47,6 +52,7 @@ class Engine:
         self._compiles = compiles
         self._clock = clock
         self._in_flight: InFlight | None = None
+        self._masks = Masks(scheduler.config.max_num_seqs)
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
 
     @property
@@ -72,6 +78,8 @@ class Engine:
     def step(self) -> list[TokenChunk]:
         """Dispatches the next step, then reads and commits the one before it.
 
+        A step with rows that have a grammar samples only then: which tokens are legal follows from those just read.
+
         Raises StepFailed when steps keep failing; a single failure is recomputed and costs time only.
         """
         try:
@@ -84,17 +92,26 @@ class Engine:
         plan = self.scheduler.plan()
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
-        if finished is None:
-            return []
-        result = self.runner.read(finished)
-        return self.scheduler.commit(finished.plan, result, self._clock())
+        chunks = [] if finished is None else self._commit(finished)
+        if dispatched is not None and dispatched.plan.constrained:
+            chunks += self._sample(dispatched)
+        return chunks
+
+    def _commit(self, step: InFlight) -> list[TokenChunk]:
+        return self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+
+    def _sample(self, step: InFlight) -> list[TokenChunk]:
+        """Lets the grammars of a dispatched step's rows say what is legal; the last chunks of rows whose grammar fails.
+        """
+        rows = self.scheduler.rows_of(step.plan)
+        masks, failed = self._masks.of(step.plan, rows)
+        self.runner.sample(step, masks)
+        return [self.scheduler.fail(rows[row], error, self._clock()) for row, error in failed.items()]
 
     def drain(self) -> list[TokenChunk]:
         """Reads and commits what is in flight, without planning more."""
         finished, self._in_flight = self._in_flight, None
-        if finished is None:
-            return []
-        return self.scheduler.commit(finished.plan, self.runner.read(finished), self._clock())
+        return [] if finished is None else self._commit(finished)
 
     def _recover(self, error: Exception) -> None:
         """A failed step took the donated pages along: new pages, and every row recomputed from its tokens."""

@@ -20,6 +20,7 @@ from jaxinfer.programs import (
     LOGITS,
     RULES,
     SAMPLE,
+    SAMPLE_LEGAL,
     SCORE,
     Key,
     Signature,
@@ -37,8 +38,9 @@ class InFlight:
     """A dispatched step whose results have not been read."""
 
     plan: StepPlan
-    result: jax.Array
-    """After prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode i32[rounds, R, W], after speculation
+    result: Any
+    """`steps.Unsampled` until `Executor.sample` where the plan is constrained. Otherwise arrays: after
+    prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode i32[rounds, R, W], after speculation
     i32[rounds, R, X + 1, W]."""
     scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
 
@@ -117,10 +119,20 @@ class Executor:
         return InFlight(plan, result, [])
 
     def _prefill(self, plan: StepPlan, layout: PrefillLayout, flat: np.ndarray) -> InFlight:
-        self._state, result, hidden = run_prefill(
-            self._programs, layout, self._params, self._state, self._put(flat), any(plan.samples))
-        result.copy_to_host_async()
+        if plan.constrained:
+            program = self._programs[prefill_key(layout)]
+            self._state, result, hidden = program(self._params, self._state, self._put(flat))
+        else:
+            self._state, result, hidden = run_prefill(
+                self._programs, layout, self._params, self._state, self._put(flat), any(plan.samples))
+            result.copy_to_host_async()
         return InFlight(plan, result, self._score(plan, hidden) if plan.prompt_logprobs else [])
+
+    def sample(self, step: InFlight, masks: np.ndarray) -> None:
+        """What the grammars of a dispatched step's rows allow, i32[R, mask_width(V)]: now its tokens are sampled."""
+        rows, step.result = self._programs[SAMPLE_LEGAL](self._params, self._state.rows, step.result, self._put(masks))
+        self._state = self._state._replace(rows=rows)
+        step.result.copy_to_host_async()
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)

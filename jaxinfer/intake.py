@@ -11,7 +11,9 @@ from typing import Any
 from jaxinfer import validation
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
+from jaxinfer.grammar import Grammars
 from jaxinfer.model_files import read_json
+from jaxinfer.structured_output import check_combination, checked
 from jaxinfer.token_rules import rules_of
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import MAX_STOP_IDS, Request, SamplingParams
@@ -84,6 +86,7 @@ class Intake:
         self.limits = replace(limits, has_tokenizer=tokenizer is not None,
                               eos_token_ids=self.defaults.eos_token_ids or limits.eos_token_ids)
         self.chat_template = chat_template
+        self._grammars = Grammars(tokenizer, limits.vocab_size, self.limits.eos_token_ids)
         self._seeds = seeds or random.Random()  # noqa: S311 (noise for sampling, no secret)
         if any(not 0 <= id < limits.vocab_size for id in self.limits.eos_token_ids):
             raise ModelFormatError(f"{self.defaults.eos_source}: eos_token_id {list(self.limits.eos_token_ids)} is not "
@@ -96,7 +99,7 @@ class Intake:
         params: None takes the model's own defaults, with as many tokens as fit. seeds: overrides the
         constructor's generator, so that a batch's seeds can follow from one number.
 
-        Raises InvalidRequest or TokenizerMissing.
+        Waits for a grammar to be compiled, seconds at most. Raises InvalidRequest, TokenizerMissing or Overloaded.
         """
         request_id = uuid.uuid4().hex if request_id is None else request_id
         validation.check_envelope(request_id, priority, cache_salt)
@@ -104,7 +107,11 @@ class Intake:
         params = self._default_params(len(ids)) if params is None else params
         validation.validate(ids, params, self.limits)
         params = validation.normalise(params)
+        if params.structured_outputs is not None:
+            params = replace(params, structured_outputs=checked(params.structured_outputs))
+            check_combination(params)
         stop_ids = validation.stop_ids(params, self.limits)
+        rules = rules_of(params, stop_ids, self.limits.vocab_size, self._encode_plain)
         return Request(
             id=request_id,
             prompt=ids,
@@ -115,8 +122,15 @@ class Intake:
             priority=int(priority),
             arrival=time.monotonic(),
             cache_salt=cache_salt,
-            rules=rules_of(params, stop_ids, self.limits.vocab_size, self._encode_plain),
+            rules=rules,
+            grammar=params.structured_outputs and self._grammars.compile(params.structured_outputs),
         )
+
+    def close(self) -> None:
+        """Ends the workers that render chats and compile grammars."""
+        self._grammars.close()
+        if self.chat_template is not None:
+            self.chat_template.close()
 
     def read(self, prompt: Any) -> Prompt:
         """Any form of prompt as ids and, where there is one, text."""

@@ -187,8 +187,7 @@ class LLM:
         self._closed = True
         self.core.engine.close()
         self._executor.free()
-        if self.core.intake.chat_template is not None:
-            self.core.intake.chat_template.close()
+        self.core.intake.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 
 from jaxinfer.sequence import Sequence
-from jaxinfer.types import RowInit, SamplerForm
+from jaxinfer.types import RowInit, SamplerForm, StepKind, StepPlan
+
+ON_DEVICE: tuple[int, ...] = ()
+"""Stands for the one token of a decode row."""
 
 
 class Planning:
@@ -22,6 +25,15 @@ class Planning:
     def most_tokens(self, seq: Sequence) -> int:
         """That a decode row gets."""
         return self.rounds * (1 + seq.num_drafted) if self.drafts else self.rounds
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """In the order of the step: decode rows, chunks of one token, longer ones."""
+        return [*self.decodes, *(seq for seq, _, _ in self.sorted_chunks)]
+
+    @property
+    def sorted_chunks(self) -> list[tuple[Sequence, int, int]]:
+        return sorted(self.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1)
 
     @property
     def is_least(self) -> bool:
@@ -76,3 +88,23 @@ def short_of_pages(plan: Planning, rows: list[Sequence]) -> list[Sequence]:
 def num_missing(plan: Planning, short: Iterable[Sequence], page_size: int) -> int:
     """Pages that rows which are short of pages need for those tokens."""
     return sum(-(-min(seq.planned + plan.most_tokens(seq), seq.end) // page_size) - len(seq.pages) for seq in short)
+
+
+def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
+                 ) -> StepPlan:
+    """decodes: what `advance` says of the decode rows. constrained: whether a running row has a grammar."""
+    slots, starts, sampler = decodes
+    tokens, following = [ON_DEVICE] * len(slots), [-1] * len(slots)
+    samples = [True] * len(slots)
+    for seq, start, stop in plan.sorted_chunks:
+        slots.append(seq.slot)
+        starts.append(start)
+        tokens.append(tuple(seq.tokens[start:stop]))
+        samples.append(seq.decoding)
+        following.append(seq.tokens[stop] if stop < seq.num_prompt else -1)
+        if seq.decoding:
+            sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
+    scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
+    return StepPlan(step_id, StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
+                    tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
+                    tuple(following) if scored else (), constrained=constrained and any(samples))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxinfer import speculative_step, steps
 from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
+from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout, mask_width
 from jaxinfer.model import Model
 from jaxinfer.types import SamplerForm
 
@@ -65,7 +65,8 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
     return ("decode", layout.num_rows, form)
 
 
-APPEND, RULES, SAMPLE, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("sample",), ("score",), ("logits",)
+APPEND, RULES, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("score",), ("logits",)
+SAMPLE, SAMPLE_LEGAL = ("sample",), ("sample_legal",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
@@ -139,6 +140,10 @@ def _after_prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
     yield SAMPLE, Program("sample after prefill", partial(steps.sample_step, signature.model),
                           (signature.params, signature.state.rows, unsampled), donate=(1,),
                           out_shardings=(_placements(signature).rows, signature.replicated))
+    masks = signature.host_array(unsampled.slots.shape[0], mask_width(signature.model.vocab_size))
+    yield SAMPLE_LEGAL, Program("sample by grammars", partial(steps.sample_step, signature.model),
+                                (signature.params, signature.state.rows, unsampled, masks), donate=(1,),
+                                out_shardings=(_placements(signature).rows, signature.replicated))
     start = signature.host_array()
     chunk = min(steps.SCORE_CHUNK, hidden.shape[0])
     yield SCORE, Program("score prompts", partial(steps.score_chunk, signature.model),

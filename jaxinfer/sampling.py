@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.noise import first_largest, first_largest_with_noise
-from jaxinfer.types import MAX_LOGPROBS, SamplerForm
+from jaxinfer.types import MASK_BITS, MAX_LOGPROBS, SamplerForm
 from pallas_kernels.dispatch import current_device
 
 TOP_K_ROWS = 8
@@ -58,6 +58,13 @@ def distribution(logits: jax.Array, rows: SamplingRows, positions: jax.Array, fo
         logits = ban_stop_ids(logits, rows, positions)
     scaled = logits / jnp.where(rows.temperature == 0.0, 1.0, rows.temperature)[:, None]
     return jnp.where(scaled >= filter_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
+
+
+def legal(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Logits f32[R, V] with -inf at ids whose bit is not set in i32[R, mask_width(V)]."""
+    bits = (masks[..., None] >> jnp.arange(MASK_BITS)) & 1
+    allowed = bits.reshape(*masks.shape[:-1], -1)[..., :logits.shape[-1]]
+    return jnp.where(allowed > 0, logits, -jnp.inf)
 
 
 def ban_stop_ids(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:

@@ -10,24 +10,33 @@ tokens is an upper bound then, exact for every row that the device does not stop
 import heapq
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
+from jaxinfer.books import Books
 from jaxinfer.config import EngineConfig
 from jaxinfer.core import Load
 from jaxinfer.draft_lengths import DraftLengths
-from jaxinfer.errors import InvalidRequest, StepFailed
+from jaxinfer.errors import GrammarFailed, InvalidRequest, StepFailed
+from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
-from jaxinfer.planning import Planning, advance, advance_speculating, most_left, num_missing, sampler_of, short_of_pages
+from jaxinfer.planning import (
+    ON_DEVICE,
+    Planning,
+    advance,
+    advance_speculating,
+    most_left,
+    num_missing,
+    prefill_plan,
+    sampler_of,
+    short_of_pages,
+)
 from jaxinfer.prefix_sharing import PrefixSharing
-from jaxinfer.sequence import NO_SLOT, Sequence, check_running, require
-from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk, TokenLogprobs
+from jaxinfer.sequence import NO_SLOT, Sequence
+from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk
 
 by_key = attrgetter("key")
-ON_DEVICE: tuple[int, ...] = ()
-"""Stands for the one token of a decode row."""
 
 
 class Scheduler:
@@ -47,6 +56,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs))  # a heap
         self._in_flight: dict[int, list[Sequence]] = {}  # step id to the sequences of its rows, oldest first
         self._num_prefilling = 0
+        self._num_constrained = 0  # running rows that have a grammar
         self._next_step_id = 0
 
     @property
@@ -103,6 +113,12 @@ class Scheduler:
         return [self._end(seq, [], reason, now) for seq in list(self._requests.get(request_id, ()))
                 if index is None or seq.sample_index == index]
 
+    def fail(self, seq: Sequence, error: Exception, now: float, ids: Iterable[int] = ()) -> TokenChunk:
+        """Ends a sample by an error of its own; its last chunk, with the tokens `ids`."""
+        chunk = self._end(seq, list(ids), "error", now)
+        chunk.error = error
+        return chunk
+
     def requeue_all(self) -> None:
         """After a failed step, when the device's pages are lost: running rows wait again with their known tokens."""
         self.metrics.failed_steps += 1
@@ -112,7 +128,7 @@ class Scheduler:
             insort(self._waiting, seq, key=by_key)
         self._running.clear()
         self._free_slots = list(range(self.config.max_num_seqs))
-        self._num_prefilling = 0
+        self._num_prefilling = self._num_constrained = 0
         self._sharing.clear()
         self.pool.reset()
 
@@ -135,6 +151,7 @@ class Scheduler:
     def _stop_running(self, seq: Sequence) -> None:
         del self._running[bisect_left(self._running, seq.key, key=by_key)]
         self._num_prefilling -= not seq.decoding
+        self._num_constrained -= seq.matcher is not None
         heapq.heappush(self._free_slots, seq.slot)
         # All but the token sampled last is computed; a draft model may lack the one before. What it lacks besides, of
         # rounds without proposals, makes its proposals worse and nothing else.
@@ -152,7 +169,7 @@ class Scheduler:
         self._plan_chunks(plan)
         if self._waiting and not plan.lacked_pages:
             self._admit(plan)
-        if plan.chunks:
+        if plan.chunks or (plan.decodes and self._num_constrained):
             return self._issue_prefill(plan)
         return self._issue_decode(plan) if plan.decodes else None
 
@@ -164,9 +181,10 @@ class Scheduler:
             rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
         if not rows:
             return
-        if self.config.max_decode_rounds > 1 and not self._waiting and not self._num_prefilling:
+        single = self._num_prefilling or self._num_constrained  # one token a row, in the form of a prefill step
+        if self.config.max_decode_rounds > 1 and not self._waiting and not single:
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
-        if self._drafts and not self._num_prefilling:
+        if self._drafts and not single:
             self._drafts.choose(rows, plan.rounds, sampler_of(rows))
             plan.drafts = any(seq.num_drafted for seq in rows)
         short = short_of_pages(plan, rows)
@@ -258,6 +276,7 @@ class Scheduler:
         self._sharing.enter(seq, len(shared))
         insort(self._running, seq, key=by_key)
         self._num_prefilling += 1
+        self._num_constrained += seq.matcher is not None
         if not seq.stats.scheduled:
             seq.stats.scheduled = self._clock()
             seq.stats.num_cached_tokens = seq.planned
@@ -278,22 +297,12 @@ class Scheduler:
         return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)
 
     def _issue_prefill(self, plan: Planning) -> StepPlan:
-        rows = list(plan.decodes)
-        slots, starts, sampler = self._advance(rows, 1, False)
-        tokens, samples, following = [ON_DEVICE] * len(rows), [True] * len(rows), [-1] * len(rows)
-        for seq, start, stop in sorted(plan.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1):
-            rows.append(seq)
-            slots.append(seq.slot)
-            starts.append(start)
-            tokens.append(tuple(seq.tokens[start:stop]))
-            samples.append(seq.decoding)
-            following.append(seq.tokens[stop] if stop < seq.num_prompt else -1)
-            if seq.decoding:
-                sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
-        scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
-        return StepPlan(self._fly(rows), StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
-                        tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                        tuple(following) if scored else ())
+        decodes = self._advance(plan.decodes, 1, False)
+        return prefill_plan(plan, self._fly(plan.rows), decodes, constrained=self._num_constrained > 0)
+
+    def rows_of(self, plan: StepPlan) -> list[Sequence]:
+        """Of a plan in flight, in its order."""
+        return self._in_flight[plan.step_id]
 
     def _fly(self, rows: list[Sequence]) -> int:
         step_id = self._next_step_id
@@ -329,7 +338,7 @@ class Scheduler:
             else:  # most rows of most steps
                 chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
             if logprobs is not None and seq.num_logprobs is not None:
-                chunk.logprobs = _trim(logprobs[row], seq.num_logprobs)
+                chunk.logprobs = [one.trimmed(seq.num_logprobs) for one in logprobs[row]]
             chunks.append(chunk)
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
@@ -341,12 +350,14 @@ class Scheduler:
             if not seq.finished:
                 self._sharing.register(seq, start + len(ids))
                 if seq.scores is not None and result.prompt_logprobs is not None:
-                    seq.scores += _trim(result.prompt_logprobs[row], seq.num_prompt_logprobs or 0)
+                    seq.scores += [one.trimmed(seq.num_prompt_logprobs or 0) for one in result.prompt_logprobs[row]]
 
     def _take_in(self, seq: Sequence, ids: list[int], stops: bool, now: float) -> TokenChunk:
         """The chunk of a row's new tokens that end it or are its first since it started."""
         if stops or len(seq.tokens) > seq.end:
             chunk = self._end_by_tokens(seq, ids, now)
+        elif seq.matcher is not None:
+            chunk = self._match(seq, seq.matcher, ids, now)
         else:
             chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
         if not seq.stats.first_token:
@@ -354,8 +365,18 @@ class Scheduler:
             self.metrics.record_first_token(seq.stats)
             chunk.prompt_logprobs, seq.scores = seq.scores, None
             chunk.stats = seq.stats  # a row that a stop string ends later has no last chunk
-        seq.quiet_until = seq.end
+        seq.quiet_until = seq.end if seq.matcher is None else 1
         return chunk
+
+    def _match(self, seq: Sequence, matcher: Matcher, ids: list[int], now: float) -> TokenChunk:
+        """The chunk of new tokens of a row with a grammar, which ends where nothing may follow."""
+        try:
+            matcher.advance(ids)
+        except GrammarFailed as error:
+            return self.fail(seq, error, now, ids)
+        if matcher.is_finished:
+            return self._end(seq, ids, "stop", now)
+        return TokenChunk(seq.request_id, seq.sample_index, ids)
 
     def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:
         """A row ends by a stop id or by its length. One the device stopped for no such reason would wait for ever."""
@@ -365,31 +386,13 @@ class Scheduler:
         elif len(seq.tokens) > seq.end:
             chunk = self._end(seq, ids, "length", now)
         else:
-            chunk = self._end(seq, ids, "error", now)
-            chunk.error = StepFailed("the device stopped this row without a reason; please report it")
+            error = StepFailed("the device stopped this row without a reason; please report it")
+            chunk = self.fail(seq, error, now, ids)
         return chunk
-
-    # ---- invariants
 
     def check_invariants(self) -> None:
         """Raises AssertionError when the books of the scheduler and of its pool do not agree."""
-        for rows in (self._running, self._waiting):
-            require(all(one.key < after.key for one, after in pairwise(rows)), "a queue is out of order")
-        live = {seq for rows in self._requests.values() for seq in rows}
-        require(live == {*self._running, *self._waiting}, "queues and requests differ")
-        require(len(live) == len(self._running) + len(self._waiting), "a sequence is in two queues")
-        slots = [seq.slot for seq in self._running] + self._free_slots
-        require(sorted(slots) == list(range(self.config.max_num_seqs)), "slots are lost or shared")
-        require(self._num_prefilling == sum(not seq.decoding for seq in self._running), "prefilling rows miscounted")
-        flying = {seq for rows in self._in_flight.values() for seq in rows}
-        for seq in self._running:
-            check_running(seq, seq in flying)
-        for seq in self._waiting:
-            require(seq.slot == NO_SLOT and not seq.pages and not seq.planned, "a waiting row holds something")
+        Books(self._running, self._waiting, self._requests, self._in_flight, self._free_slots,
+              self.config.max_num_seqs, self._num_prefilling, self._num_constrained).check()
         self._sharing.check_invariants(self._running)
         self.pool.check_invariants([seq.pages for seq in self._running])
-
-
-def _trim(scored: list[TokenLogprobs], count: int) -> list[TokenLogprobs]:
-    """A step computes as many alternatives as any row may want; a request gets as many as it asked for."""
-    return [TokenLogprobs(one.token_id, one.logprob, one.rank, one.top[:count]) for one in scored]

@@ -34,12 +34,14 @@ class Sequence:
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
         "num_drafted", "acceptance",  # of a row that speculates
+        "matcher",  # its place in its grammar, behind the known tokens; None without one
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
 
     def __init__(self, request: Request, sample_index: int):
         params = request.params
         self.request = request
+        self.matcher = None if request.grammar is None else request.grammar.matcher()
         self.request_id = request.id
         self.sample_index = sample_index
         self.key = (request.priority, request.arrival, request.id, sample_index)
@@ -127,20 +129,3 @@ def _sampler_form(request: Request) -> SamplerForm:
     if request.params.logprobs is not None or request.rules is not None:
         return SamplerForm.FULL
     return SamplerForm.GREEDY if request.params.temperature == 0 else SamplerForm.SIMPLE
-
-
-def check_running(seq: Sequence, is_in_flight: bool) -> None:
-    """Raises AssertionError unless the counters of a running row agree."""
-    known = len(seq.tokens)
-    require(known <= seq.end, "a row that has all its tokens still runs")
-    require(seq.planned <= seq.capacity, "tokens are planned without pages for them")
-    if seq.decoding:
-        require(known - 1 <= seq.planned <= seq.end, "a decode row is planned behind its tokens or beyond its end")
-        require(is_in_flight or seq.planned == known - 1, "planned tokens are not in flight")
-    else:
-        require(seq.planned < known, "a row with its whole prompt planned does not decode")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(f"scheduler: {message}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxinfer.config import row_sizes, token_sizes
+from jaxinfer.config import FEW_TOKENS, row_sizes, token_sizes
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.dispatch import Device
 
@@ -16,7 +16,7 @@ WEIGHT_DTYPES = {None: ("bfloat16", 2), "int8_dynamic": ("int8", 1), "int8": ("b
 class SmallestSteps:
     """tokens: of a prefill step. rows: of a decode step."""
 
-    tokens: int = 64
+    tokens: int = FEW_TOKENS
     rows: int = 2
 
     def token_buckets(self, max_num_batched_tokens: int) -> tuple[int, ...]:

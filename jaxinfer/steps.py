@@ -57,14 +57,16 @@ def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: Device
     return DeviceState(kv_pages, rows), unsampled, hidden
 
 
-def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled) -> tuple[RowState, jax.Array]:
+def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled, masks: jax.Array | None = None
+                ) -> tuple[RowState, jax.Array]:
     """The tokens after a prefill step: one program behind all of its buckets, as the samplers take long to compile.
 
-    Returns the rows and the packed results i32[R, result_width(FULL)]; -1 in rows that sample nothing.
+    masks: i32[R, mask_width(V)] of what each row's grammar allows. Returns the rows and the packed results
+    i32[R, result_width(FULL)]; -1 in rows that sample nothing.
     """
     logits = model.logits(params, unsampled.hidden)
     slots, kv_lens, samples = unsampled.slots, unsampled.kv_lens, unsampled.samples
-    tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form)
+    tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form, masks)
     rows = row_state.record(rows, slots, tokens[:, None], samples.astype(jnp.int32))
     return row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens), result
 
@@ -92,17 +94,18 @@ def _pack_rows(state: RowState, fields) -> _PackedRows:
     return _PackedRows(tokens, positions, Rows(kv_lens, page_indices, cu_q_lens, fields.distribution))
 
 
-def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form):
+def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form, masks):
     """Samples with the form chosen at run time: a step that prefills is long, the choice is cheap.
 
     What FULL does beyond SIMPLE changes no row that did not ask for it, and each part compiles for seconds, so both
     share one branch; only scores are apart.
     """
     fields = row_state.sampling_of(rows, slots)
+    legal = logits if masks is None else sampling.legal(logits, masks)
     tokens = jax.lax.cond(
         form == SamplerForm.GREEDY,
-        lambda: sampling.sample(logits, fields, positions, SamplerForm.GREEDY),
-        lambda: sampling.sample(under_rules(logits, rows, slots), fields, positions, SamplerForm.FULL))
+        lambda: sampling.sample(legal, fields, positions, SamplerForm.GREEDY),
+        lambda: sampling.sample(under_rules(legal, rows, slots), fields, positions, SamplerForm.FULL))
     shown = jnp.where(sampled, tokens, -1)[:, None]
     scores = scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
     return tokens, jnp.concatenate([shown, scores], axis=1)

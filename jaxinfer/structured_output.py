@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.types import STRUCTURED_KINDS, StructuredOutput
+from jaxinfer.types import STRUCTURED_KINDS, SamplingParams, StructuredOutput
 from jaxinfer.validation import check_text, shown
 
-FIELD = "structured_output"
+FIELD = "structured_outputs"
 MAX_SCHEMA_BYTES = 64 * 1024
 """Of canonical JSON text. Time to compile and memory grow with the text; schemas in the wild are mostly under 10 kB."""
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -31,7 +31,7 @@ LIBRARY_OPTIONS = "x-guidance"
 def checked(value: Any) -> StructuredOutput:
     """`value` in its one canonical, hashable form: a schema as text (order of keys kept), choices as a tuple.
 
-    Raises InvalidRequest naming `structured_output` or one of its fields, and nothing else.
+    Raises InvalidRequest naming `structured_outputs` or one of its fields, and nothing else.
     """
     if not isinstance(value, StructuredOutput):
         raise InvalidRequest(FIELD, f"must be StructuredOutput, got {shown(value)}; "
@@ -143,3 +143,11 @@ def _check_source(field: str, text: Any, limit: int) -> None:
     check_text(field, text, max_bytes=limit)
     if not text.strip():
         raise InvalidRequest(field, "is empty; leave it out, or say what the output must look like")
+
+
+def check_combination(params: SamplingParams) -> None:
+    """Raises InvalidRequest, naming both fields, where a grammar and another rule could leave no legal token."""
+    for name in ("allowed_token_ids", "banned_token_ids", "bad_words", "min_tokens"):
+        if getattr(params, name):
+            raise InvalidRequest(name, f"cannot be used with {FIELD}: together they may leave no legal token; give one "
+                                 "of them")

@@ -6,13 +6,19 @@ Letters as in README.md: R rows of a step, V vocabulary, C tokens a page.
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxinfer.grammar import CompiledGrammar
 
 MAX_STOP_IDS = 16
 """Stop ids a row can hold on the device (end-of-sequence ids included)."""
 
 MAX_LOGPROBS = 20
 """Most log-probabilities a token; the OpenAI API has the same limit."""
+
+MASK_BITS = 32
+"""Ids of a word of a grammar's mask; id i is bit i % 32 of word i // 32."""
 
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_SPELLINGS = 2 * MAX_BAD_WORDS
@@ -32,6 +38,7 @@ class SamplingParams:
     repetition_penalty: what logits of tokens in prompt or output are divided by (negative ones multiplied); 1 is off.
     logit_bias: added to logits, by token id. allowed_token_ids: nothing else is said. banned_token_ids, bad_words: ids
     and texts that are not (a text as it is usually cut into tokens, at the beginning and within a line).
+    structured_outputs: what the text must look like.
     """
 
     n: int = 1
@@ -57,6 +64,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     banned_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: str | tuple[str, ...] | list[str] | None = None
+    structured_outputs: "StructuredOutput | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +119,8 @@ class Request:
 
     stop_ids: every id that ends a row (stop_token_ids, and end-of-sequence unless ignored), at most
     MAX_STOP_IDS. priority: lower runs first. arrival: time.monotonic() seconds.
-    cache_salt: requests share prefix pages only with requests of the same salt. rules: None where params set none.
+    cache_salt: requests share prefix pages only with requests of the same salt. rules, grammar: None where params set
+    none.
     """
 
     id: str
@@ -124,6 +133,7 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     rules: TokenRules | None = None
+    grammar: "CompiledGrammar | None" = None
 
 
 class SamplerForm(enum.IntEnum):
@@ -192,6 +202,7 @@ class StepPlan:
     prompt_logprobs: rows are scored against their own next token; prefill steps only
     next_tokens: per row, the prompt token behind its chunk, -1 where the prompt ends; with prompt_logprobs only
     num_drafted: per row, proposals wanted in each round; () where no row drafts
+    constrained: the step samples only once the host has sent the masks of its rows' grammars; prefill steps only
     """
 
     step_id: int
@@ -207,6 +218,7 @@ class StepPlan:
     prompt_logprobs: bool = False
     next_tokens: tuple[int, ...] = ()
     num_drafted: tuple[int, ...] = ()
+    constrained: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -227,6 +239,10 @@ class TokenLogprobs:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...] = ()
+
+    def trimmed(self, count: int) -> "TokenLogprobs":
+        """With as many alternatives as a request asked for: a step computes as many as any may want."""
+        return TokenLogprobs(self.token_id, self.logprob, self.rank, self.top[:count])
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ what to do about it. Every call takes `timeout`, the RPC's deadline in seconds.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from json import dumps
 from typing import Any, Self, TypedDict, Unpack
 
 import grpc
@@ -59,6 +60,7 @@ class Sampling(TypedDict, total=False):
     allowed_token_ids: Sequence[int] | None
     banned_token_ids: Sequence[int] | None
     bad_words: str | Sequence[str] | None
+    structured_outputs: Mapping[str, Any] | None
 
 
 class Envelope(Sampling, total=False):
@@ -259,6 +261,8 @@ def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
     unknown = given.keys() - Sampling.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown options {', '.join(sorted(unknown))}")
+    if "structured_outputs" in given:
+        given["structured_outputs"] = structured_output_message(**given["structured_outputs"])
     request = pb.GenerateRequest(sampling=pb.SamplingParams(**given), **envelope)
     if isinstance(prompt, str):
         request.text = prompt
@@ -267,6 +271,17 @@ def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
     else:
         request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))  # pyright: ignore[reportArgumentType]
     return request
+
+
+def structured_output_message(*, json: str | Mapping[str, Any] | None = None, choice: Sequence[str] | None = None,
+                              **options: Any) -> pb.StructuredOutput:
+    """Fields as in `jaxinfer.StructuredOutput`. Raises TypeError or ValueError on an unknown one."""
+    found = pb.StructuredOutput(**_given(**options))
+    if json is not None:
+        found.json = json if isinstance(json, str) else dumps(json)
+    if choice is not None:
+        found.choice.texts.extend(choice)
+    return found
 
 
 def tokenize_message(prompt: str | Sequence[Mapping[str, str]], add_special_tokens: bool | None) -> pb.TokenizeRequest:

@@ -10,7 +10,7 @@ from typing import Any
 from jaxinfer.core import Load, ModelInfo
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
-from jaxinfer.types import RequestStats, SamplingParams
+from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 
 MAX_TOKENS_PER_MESSAGE = 1024
@@ -63,6 +63,10 @@ def plain(value: Any) -> Any:
     """A field's value without protobuf's containers."""
     if isinstance(value, SCALARS):
         return value
+    if isinstance(value, pb.StructuredOutput):
+        return StructuredOutput(**{one.name: plain(sent) for one, sent in value.ListFields()})
+    if isinstance(value, pb.Choices):
+        return tuple(value.texts)
     return dict(value) if isinstance(value, Mapping) else tuple(value)
 
 

@@ -64,7 +64,7 @@ def test_outputs_satisfy_random_schemas_or_the_schema_is_refused(grammars, schem
     try:
         matcher = grammars.compile(StructuredOutput(json=schema)).matcher()
     except InvalidRequest as error:
-        assert error.field == "structured_output.json"
+        assert error.field == "structured_outputs.json"
         return
     found = walk(matcher, random.Random(seed))
     assert found is not None
@@ -73,7 +73,7 @@ def test_outputs_satisfy_random_schemas_or_the_schema_is_refused(grammars, schem
 
 @pytest.mark.parametrize("schema", UNSUPPORTED, ids="-".join)
 def test_unsupported_keywords_are_refused(grammars, schema):
-    with pytest.raises(InvalidRequest, match=r"structured_output\.json: cannot be compiled"):
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.json: cannot be compiled"):
         grammars.compile(StructuredOutput(json=schema))
 
 

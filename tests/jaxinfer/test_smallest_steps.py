@@ -40,7 +40,7 @@ def test_row_sizes_are_few_and_end_at_the_largest(largest, least):
 
 
 def test_sizes_of_a_default_server():
-    assert (token_sizes(2048), row_sizes(64)) == ((64, 128, 256, 512, 1024, 2048), (2, 8, 32, 64))
+    assert (token_sizes(2048), row_sizes(64)) == ((8, 64, 128, 256, 512, 1024, 2048), (2, 8, 32, 64))
     assert (on("v6e").token_buckets(2048), on("v6e").row_buckets(64)) == ((512, 1024, 2048), (16, 64))
     assert on("v5e").token_buckets(2048) == (256, 512, 1024, 2048)
     assert on("h200").row_buckets(64) == (2, 8, 32, 64)

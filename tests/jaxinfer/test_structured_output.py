@@ -33,44 +33,44 @@ WIDE: dict = {"anyOf": [{}] * 40}
 for _ in range(40):
     WIDE = {"anyOf": [WIDE] * 40}
 BAD = {
-    "not ours": ({"json": {}}, "structured_output"),
-    "none": (StructuredOutput(), "structured_output"),
-    "two": (StructuredOutput(json={}, regex="a"), "structured_output"),
-    "two, one empty": (StructuredOutput(regex="", json_object=True), "structured_output"),
-    "json_object a string": (StructuredOutput(json_object="yes"), "structured_output.json_object"),  # type: ignore
+    "not ours": ({"json": {}}, "structured_outputs"),
+    "none": (StructuredOutput(), "structured_outputs"),
+    "two": (StructuredOutput(json={}, regex="a"), "structured_outputs"),
+    "two, one empty": (StructuredOutput(regex="", json_object=True), "structured_outputs"),
+    "json_object a string": (StructuredOutput(json_object="yes"), "structured_outputs.json_object"),  # type: ignore
     "space, regex": (StructuredOutput(regex="a", disable_any_whitespace=True),
-                     "structured_output.disable_any_whitespace"),
-    "schema a list": (StructuredOutput(json="[]"), "structured_output.json"),
-    "schema a number": (StructuredOutput(json=3), "structured_output.json"),  # type: ignore
-    "schema true": (StructuredOutput(json=True), "structured_output.json"),  # type: ignore
-    "no JSON": (StructuredOutput(json="{"), "structured_output.json"),
-    "NaN text": (StructuredOutput(json='{"const": NaN}'), "structured_output.json"),
-    "NaN": (StructuredOutput(json={"const": float("nan")}), "structured_output.json"),
-    "huge int text": (StructuredOutput(json='{"const": 1' + "0" * 5000 + "}"), "structured_output.json"),
-    "huge int": (StructuredOutput(json={"const": 10**5000}), "structured_output.json"),
-    "a set": (StructuredOutput(json={"enum": {1}}), "structured_output.json"),
-    "int key": (StructuredOutput(json={"properties": {1: {}}}), "structured_output.json"),  # type: ignore
-    "surrogate": (StructuredOutput(json={"const": "\ud800"}), "structured_output.json"),
-    "surrogate text": (StructuredOutput(json=r'{"const": "\ud800"}'), "structured_output.json"),
-    "deep": (StructuredOutput(json=nested(MAX_DEPTH + 1)), "structured_output.json"),
-    "deep text": (StructuredOutput(json="[" * 60_000 + "]" * 60_000), "structured_output.json"),
-    "deep text, small": (StructuredOutput(json='{"a":' + "[" * 30_000 + "]" * 30_000 + "}"), "structured_output.json"),
-    "holds itself": (StructuredOutput(json=HOLDS_ITSELF), "structured_output.json"),
-    "wide": (StructuredOutput(json=WIDE), "structured_output.json"),
-    "big": (StructuredOutput(json={"const": "x" * MAX_SCHEMA_BYTES}), "structured_output.json"),
-    "library options": (StructuredOutput(json={"x-guidance": {"lenient": True}}), "structured_output.json"),
-    "regex bytes": (StructuredOutput(regex=b"a"), "structured_output.regex"),  # type: ignore
-    "regex empty": (StructuredOutput(regex=""), "structured_output.regex"),
-    "regex long": (StructuredOutput(regex="é" * (MAX_REGEX_BYTES // 2 + 1)), "structured_output.regex"),
-    "grammar empty": (StructuredOutput(grammar=" \n"), "structured_output.grammar"),
-    "grammar long": (StructuredOutput(grammar="x" * (MAX_GRAMMAR_BYTES + 1)), "structured_output.grammar"),
-    "choice a string": (StructuredOutput(choice="yes"), "structured_output.choice"),  # type: ignore
-    "choice empty": (StructuredOutput(choice=[]), "structured_output.choice"),
-    "choice of nothing": (StructuredOutput(choice=["a", ""]), "structured_output.choice"),
-    "choice of numbers": (StructuredOutput(choice=[1]), "structured_output.choice"),  # type: ignore
-    "choices many": (StructuredOutput(choice=["a"] * (MAX_CHOICES + 1)), "structured_output.choice"),
+                     "structured_outputs.disable_any_whitespace"),
+    "schema a list": (StructuredOutput(json="[]"), "structured_outputs.json"),
+    "schema a number": (StructuredOutput(json=3), "structured_outputs.json"),  # type: ignore
+    "schema true": (StructuredOutput(json=True), "structured_outputs.json"),  # type: ignore
+    "no JSON": (StructuredOutput(json="{"), "structured_outputs.json"),
+    "NaN text": (StructuredOutput(json='{"const": NaN}'), "structured_outputs.json"),
+    "NaN": (StructuredOutput(json={"const": float("nan")}), "structured_outputs.json"),
+    "huge int text": (StructuredOutput(json='{"const": 1' + "0" * 5000 + "}"), "structured_outputs.json"),
+    "huge int": (StructuredOutput(json={"const": 10**5000}), "structured_outputs.json"),
+    "a set": (StructuredOutput(json={"enum": {1}}), "structured_outputs.json"),
+    "int key": (StructuredOutput(json={"properties": {1: {}}}), "structured_outputs.json"),  # type: ignore
+    "surrogate": (StructuredOutput(json={"const": "\ud800"}), "structured_outputs.json"),
+    "surrogate text": (StructuredOutput(json=r'{"const": "\ud800"}'), "structured_outputs.json"),
+    "deep": (StructuredOutput(json=nested(MAX_DEPTH + 1)), "structured_outputs.json"),
+    "deep text": (StructuredOutput(json="[" * 60_000 + "]" * 60_000), "structured_outputs.json"),
+    "deep text, small": (StructuredOutput(json='{"a":' + "[" * 30_000 + "]" * 30_000 + "}"), "structured_outputs.json"),
+    "holds itself": (StructuredOutput(json=HOLDS_ITSELF), "structured_outputs.json"),
+    "wide": (StructuredOutput(json=WIDE), "structured_outputs.json"),
+    "big": (StructuredOutput(json={"const": "x" * MAX_SCHEMA_BYTES}), "structured_outputs.json"),
+    "library options": (StructuredOutput(json={"x-guidance": {"lenient": True}}), "structured_outputs.json"),
+    "regex bytes": (StructuredOutput(regex=b"a"), "structured_outputs.regex"),  # type: ignore
+    "regex empty": (StructuredOutput(regex=""), "structured_outputs.regex"),
+    "regex long": (StructuredOutput(regex="é" * (MAX_REGEX_BYTES // 2 + 1)), "structured_outputs.regex"),
+    "grammar empty": (StructuredOutput(grammar=" \n"), "structured_outputs.grammar"),
+    "grammar long": (StructuredOutput(grammar="x" * (MAX_GRAMMAR_BYTES + 1)), "structured_outputs.grammar"),
+    "choice a string": (StructuredOutput(choice="yes"), "structured_outputs.choice"),  # type: ignore
+    "choice empty": (StructuredOutput(choice=[]), "structured_outputs.choice"),
+    "choice of nothing": (StructuredOutput(choice=["a", ""]), "structured_outputs.choice"),
+    "choice of numbers": (StructuredOutput(choice=[1]), "structured_outputs.choice"),  # type: ignore
+    "choices many": (StructuredOutput(choice=["a"] * (MAX_CHOICES + 1)), "structured_outputs.choice"),
     "choices long": (StructuredOutput(choice=["a" * (MAX_CHOICE_BYTES // 2), "b" * (MAX_CHOICE_BYTES // 2 + 1)]),
-                     "structured_output.choice"),
+                     "structured_outputs.choice"),
 }
 
 

@@ -1,0 +1,129 @@
+"""Rows with a grammar in the real engine, beside rows without: output is always legal, others are not touched by it."""
+
+import json
+import re
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_schemas import schemas
+from jsonschema import Draft202012Validator
+
+from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput
+
+PEOPLE = {
+    "type": "object", "additionalProperties": False, "required": ["name", "age"],
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99},
+                   "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}},
+}  # fmt: skip
+NUMBER = r"[0-9]{3}-[0-9]{4}"
+
+
+@pytest.fixture(scope="module")
+def llms():
+    """With and without a draft model, each compiled once. Few pages, so that rows are preempted."""
+    made: list[LLM] = []
+
+    @cache
+    def llm(draft_model: str | None) -> LLM:
+        made.append(LLM("demo-draft", draft_model=draft_model, dtype="float32", max_num_seqs=4, max_model_len=256,
+                        num_pages=20, max_num_batched_tokens=64, quiet=True))  # fmt: skip
+        return made[-1]
+
+    yield llm
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(params=[None, "demo-draft"], ids=["alone", "with a draft model"])
+def llm(request, llms) -> LLM:
+    return llms(request.param)
+
+
+def answers(llm: LLM, params: list[SamplingParams]) -> list[str]:
+    """To one prompt; a row that is greedy or has a seed answers the same wherever it stands."""
+    return [one.outputs[0].text for one in llm.generate(["def number("] * len(params), params, use_tqdm=False)]
+
+
+def test_each_row_follows_its_own_grammar_and_others_are_not_touched(llm):
+    free = [SamplingParams(temperature=0.0, max_tokens=24),
+            SamplingParams(temperature=1.0, seed=7, max_tokens=24, frequency_penalty=0.5)]  # fmt: skip
+    kinds = [StructuredOutput(json=PEOPLE), StructuredOutput(regex=NUMBER), StructuredOutput(choice=("yes", "no")),
+             StructuredOutput(grammar='start: ("a" | "bc")~3'), StructuredOutput(json_object=True)]  # fmt: skip
+    bound = [SamplingParams(temperature=1.0, seed=index, max_tokens=150, structured_outputs=kind, logit_bias={5: -3.0})
+             for index, kind in enumerate(kinds)]  # fmt: skip
+    alone = answers(llm, free)
+    texts = answers(llm, [bound[0], free[0], *bound[1:3], free[1], *bound[3:]])
+    person, first, number, choice, second, letters, anything = texts
+    assert [first, second] == alone
+    Draft202012Validator(PEOPLE).validate(json.loads(person))
+    assert re.fullmatch(NUMBER, number)
+    assert choice in ("yes", "no")
+    assert re.fullmatch("(a|bc){3}", letters)
+    assert anything.lstrip().startswith("{")
+    assert llm.metrics()["compiles_after_ready"] == 0
+
+
+def test_preempted_rows_and_samples_go_on_where_they_were(llm):
+    """Twelve rows of up to ten pages, where twenty are all there are."""
+    params = [SamplingParams(temperature=1.0, seed=index, max_tokens=120, n=3, logprobs=1,
+                             structured_outputs=StructuredOutput(regex=r"([0-9]{2},){20,40}")) for index in range(4)]
+    before = llm.metrics()["preemptions"]
+    prompts = [f"x = [{index}, " for index in range(4)]
+    found = llm.generate(prompts, params, use_tqdm=False)
+    assert llm.metrics()["preemptions"] > before
+    for one in found:
+        assert len({sample.text for sample in one.outputs}) == 3
+        for sample in one.outputs:
+            assert sample.finish_reason in ("stop", "length")
+            assert re.fullmatch(r"([0-9]{2},){20,40}" if sample.finish_reason == "stop" else r"[0-9,]+", sample.text)
+            assert len(sample.logprobs) == len(sample.token_ids)
+
+
+def test_a_grammar_decides_where_the_output_ends(llm):
+    """Where nothing may follow the row ends at once; where more may, it is the model that says so."""
+    (one,) = llm.generate("a", SamplingParams(temperature=0.0, max_tokens=20, structured_outputs=StructuredOutput(
+        choice=("only this",))), use_tqdm=False)  # fmt: skip
+    assert (one.outputs[0].text, one.outputs[0].finish_reason) == ("only this", "stop")
+    open_ended = SamplingParams(temperature=1.0, seed=1, max_tokens=20, structured_outputs=StructuredOutput(regex="x*"))
+    (one,) = llm.generate("a", open_ended, use_tqdm=False)
+    assert set(one.outputs[0].text) <= {"x"}
+
+
+@pytest.mark.parametrize("other", [
+    {"allowed_token_ids": [5]}, {"banned_token_ids": [5]}, {"bad_words": ["no"]}, {"min_tokens": 2},
+])  # fmt: skip
+def test_what_may_leave_no_legal_token_is_refused(llms, other):
+    params = SamplingParams(structured_outputs=StructuredOutput(regex="a+"), **other)
+    with pytest.raises(InvalidRequest, match="structured_outputs") as caught:
+        llms(None).generate("x", params, use_tqdm=False)
+    assert caught.value.field == next(iter(other))
+
+
+def test_a_bad_grammar_fails_its_request_alone(llms):
+    llm, good = llms(None), SamplingParams(temperature=0.0, max_tokens=5)
+    bad = SamplingParams(structured_outputs=StructuredOutput(regex="(a"))
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.regex"):
+        llm.generate(["x", "y"], [good, bad], use_tqdm=False)
+    assert answers(llm, [good])[0]
+
+
+@settings(max_examples=8)
+@given(wanted=st.lists(schemas(), min_size=16, max_size=16))
+def test_random_schemas_give_valid_json_or_a_typed_refusal(llms, wanted):
+    """`python -m benchmarks.bench_schemas` has a thousand of them."""
+    kept, params = [], []
+    for seed, schema in enumerate(wanted):
+        asked = SamplingParams(temperature=1.0, seed=seed, max_tokens=150,
+                               structured_outputs=StructuredOutput(json=schema))  # fmt: skip
+        try:
+            llms(None).core.intake.request("value = ", asked)
+        except InvalidRequest as error:
+            assert error.field.startswith("structured_outputs")
+        else:
+            kept.append(schema)
+            params.append(asked)
+    for schema, one in zip(kept, llms(None).generate(["value = "] * len(params), params, use_tqdm=False), strict=True):
+        if one.outputs[0].finish_reason == "stop":
+            Draft202012Validator(schema).validate(json.loads(one.outputs[0].text))
