@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.errors import InvalidRequest
+from jaxinfer.schema_patterns import narrowed
 from jaxinfer.structured_output import FIELD, LIBRARY_OPTIONS
 from jaxinfer.types import StructuredOutput
 
@@ -102,4 +103,4 @@ def _body(wanted: StructuredOutput) -> dict[str, Any]:
         return {"lark_grammar": wanted.grammar}
     schema = json.loads(wanted.json) if isinstance(wanted.json, str) else {"type": "object"}
     space = {"whitespace_flexible": False} if wanted.disable_any_whitespace else {"whitespace_pattern": WHITESPACE}
-    return {"json_schema": {**schema, LIBRARY_OPTIONS: space}}
+    return {"json_schema": {**narrowed(schema), LIBRARY_OPTIONS: space}}
