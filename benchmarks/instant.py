@@ -96,6 +96,9 @@ class Clocked:
         self.kind = plan.kind
         return timed(self.seconds, "pack", self.runner.dispatch)(plan)
 
+    def sample(self, step: InFlight, masks: np.ndarray) -> None:
+        timed(self.seconds, "pack", self.runner.sample)(step, masks)
+
     def read(self, step: InFlight) -> StepResult:
         return timed(self.seconds, "read", self.runner.read)(step)
 

@@ -33,6 +33,9 @@ class Recorder:
         self.results.append(step.result)
         return step
 
+    def sample(self, step: InFlight, masks: np.ndarray) -> None:
+        raise ValueError("a step with grammars cannot be played again: its masks are not noted")
+
     def read(self, step: InFlight) -> StepResult:
         began = time.perf_counter()
         step.result.block_until_ready()
