@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxinfer import loading
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.model import Model
@@ -43,4 +44,4 @@ def with_draft_model(options: Options, target: Model, params: Any, dtype: Any, m
     draft = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh)
     say(f"loaded draft model {options.draft_model} in {time.monotonic() - began:.1f} s; it proposes up to "
         f"{options.num_speculative_tokens} tokens a round")
-    return DraftPair(target, draft, options.num_speculative_tokens), Pair(params, loaded.params)
+    return DraftPair(target, DraftModel(draft, options.num_speculative_tokens)), Pair(params, loaded.params)

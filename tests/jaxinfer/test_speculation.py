@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from jaxinfer import loading, sharding
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import DraftLengths
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
 from jaxinfer.models import make_decoder
@@ -43,7 +44,7 @@ DRAFTERS = {"right": CountingModel(VOCAB), "wrong": Miscounting(VOCAB), "half": 
 
 def counting_executor(drafter: str, **changes) -> Executor:
     config = small_config(num_speculative_tokens=3, **changes)
-    pair = DraftPair(CountingModel(VOCAB), DRAFTERS[drafter], 3)
+    pair = DraftPair(CountingModel(VOCAB), DraftModel(DRAFTERS[drafter], 3))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     executor = Executor(pair, Pair(*jax.device_put((jnp.float32(0), jnp.float32(0)), place)), config, place)
     executor.warm_up(workers=2, progress=lambda name: None)
@@ -164,7 +165,7 @@ def real_executor(folder: Path, drafter: str | None, num_drafted: int = 0, shard
     params: Any = loaded.params
     if drafter is not None:
         other = params if drafter == "itself" else init_params(loaded.config, dtype=jnp.float32, mesh=mesh)
-        model, params = DraftPair(model, model, num_drafted), Pair(params, other)
+        model, params = DraftPair(model, DraftModel(model, num_drafted)), Pair(params, other)
     executor = Executor(model, params, config, sharding.sharding(mesh, jax.sharding.PartitionSpec()))
     executor.warm_up(workers=2, progress=lambda name: None)
     return executor
