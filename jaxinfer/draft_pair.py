@@ -29,6 +29,11 @@ class PairCache:
     def bytes_per_page(self) -> int:
         return self.target.bytes_per_page + self.drafter.bytes_per_page(self.page_size)
 
+    @property
+    def fixed_bytes(self) -> int:
+        """On each device, whatever the number of pages."""
+        return self.drafter.fixed_bytes
+
     def struct(self) -> Pair:
         return Pair(self.target.struct(), self.drafter.struct(self.num_pages, self.page_size))
 
@@ -64,6 +69,10 @@ class DraftPair:
         hidden, target = self.target.forward(params.target, tokens, positions, kv_pages.target, rows,
                                              max_q_len=max_q_len)  # fmt: skip
         return hidden, Pair(target, kv_pages.draft)
+
+    def insist(self, kv_pages: Pair, on: bool) -> Pair:
+        """See `Drafter.insist`."""
+        return Pair(kv_pages.target, self.drafter.insist(kv_pages.draft, on))
 
     def logits(self, params: Pair, hidden: jax.Array) -> jax.Array:
         """f32[R, V] of the target."""

@@ -17,6 +17,7 @@ class Planning:
         self.chunks: list[tuple[Sequence, int, int]] = []
         self.init_rows: list[RowInit] = []
         self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
+        self.cached: list[tuple[int, tuple[int, ...]]] = []
         self.lacked_pages = False
 
     def most_tokens(self, seq: Sequence) -> int:

@@ -19,6 +19,8 @@ from jaxinfer.types import SamplerForm
 
 EXTRA_PAGES = 256
 """Page-table entries one `append_pages` call enters."""
+CACHED_TOKENS = 2048
+"""Tokens of a row, from the prefix cache, that one call tells a drafter."""
 
 Key = tuple[Any, ...]
 
@@ -66,11 +68,13 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
 
 
 APPEND, SAMPLE, SCORE, LOGITS = ("append_pages",), ("sample",), ("score",), ("logits",)
+CACHED = ("cached tokens",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
-    declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature)]
+    declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
+                *_cached(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -161,6 +165,14 @@ def _append(signature: Signature) -> tuple[Key, Program]:
     return APPEND, Program("append pages", steps.append_pages,
                            (signature.state, signature.host_array(EXTRA_PAGES, 3)), donate=(0,),
                            out_shardings=_placements(signature))
+
+
+def _cached(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    drafter = getattr(signature.model, "drafter", None)
+    if drafter is not None and drafter.needs_cached_tokens:
+        yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, signature.model),
+                              (signature.state, signature.host_array(2 + CACHED_TOKENS)), donate=(0,),
+                              out_shardings=_placements(signature))
 
 
 def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[str], None]

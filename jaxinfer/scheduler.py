@@ -264,6 +264,8 @@ class Scheduler:
             self.metrics.record_start(seq.stats)
         plan.init_rows.append(seq.row_init())
         plan.new_pages.append((seq.slot, 0, tuple(pages)))
+        if self._drafts and shared:
+            plan.cached.append((seq.slot, tuple(seq.tokens[:seq.planned])))
         self._plan_chunk(plan, seq)
         return True
 
@@ -293,7 +295,7 @@ class Scheduler:
         scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
         return StepPlan(self._fly(rows), StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
                         tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                        tuple(following) if scored else ())
+                        tuple(following) if scored else (), cached=tuple(plan.cached))
 
     def _fly(self, rows: list[Sequence]) -> int:
         step_id = self._next_step_id

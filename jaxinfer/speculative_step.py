@@ -37,6 +37,13 @@ def prefill_step(pair: DraftPair, layout: PrefillLayout, params: Pair, state: De
     return DeviceState(Pair(pages, draft), state.rows), unsampled, hidden
 
 
+def enter_cached(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> DeviceState:
+    """The state after `Drafter.enter_cached`. inputs: i32[2 + n], slot, first position, tokens."""
+    pages, draft = state.kv_pages
+    draft = pair.drafter.enter_cached(draft, inputs[0], inputs[1], inputs[2:])
+    return DeviceState(Pair(pages, draft), state.rows)
+
+
 def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, params: Pair, state: DeviceState,
                    inputs: jax.Array) -> tuple[DeviceState, jax.Array]:
     """Up to `layout.max_rounds` rounds of R rows, ended early when every row has stopped.

@@ -35,7 +35,14 @@ def teach(drafts: DraftLengths, rows: list[Sequence], counts: list[int], num_dra
     plan = StepPlan(0, StepKind.DECODE, len(counts), SamplerForm.GREEDY, tuple(range(size)), ((),) * size, (2,) * size,
                     (True,) * size, num_drafted=(num_drafted,) * size if num_drafted else ())  # fmt: skip
     ids = [7] * (sum(counts) - 1) + [last]
-    drafts.learn(rows, plan, StepResult([ids] * size, round_counts=[list(counts)] * size))
+    made = [made_of(rows[0], num_drafted, counts)] * size
+    drafts.learn(rows, plan, StepResult([ids] * size, round_counts=[list(counts)] * size, made_counts=made))
+
+
+def made_of(seq: Sequence, num_drafted: int, counts: list[int]) -> list[int]:
+    """Proposals of a drafter that never declines: nothing is proposed beyond the row's end."""
+    left = [seq.end + 1 - len(seq.tokens) - sum(counts[:index]) for index in range(len(counts))]
+    return [max(min(num_drafted, one - 1), 0) for one in left]
 
 
 def teach_often(drafts: DraftLengths, rows: list[Sequence], counts: list[int], steps: int, num_drafted=MOST) -> None:
@@ -90,7 +97,7 @@ def test_short_answers_do_not_look_like_refused_proposals():
         teach(drafts, [single], [1])  # none fits
         teach(drafts, sequences(1), [2], last=STOP)  # a kept stop id
     assert chosen(drafts, sequences(1)) == [MOST]
-    kept = draft_lengths.judged_rounds(sequences(1)[0], MOST, [5, 2], [7] * 6 + [STOP])
+    kept = draft_lengths.judged_rounds(sequences(1)[0], MOST, [5, 2], [MOST, MOST], [7] * 6 + [STOP])
     assert kept == [(4, 4, True), (4, 1, False)]
 
 
