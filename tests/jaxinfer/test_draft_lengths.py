@@ -146,6 +146,26 @@ def test_sampling_rows_are_judged_by_their_own_rounds():
     assert chosen(drafts, sequences(2, temperature=1.0)) == [0, 0]
 
 
+def teach_declining(drafts: DraftLengths, rows: list[Sequence], steps: int, every: int) -> None:
+    """Each row has MOST proposals in one of so many rounds, and keeps them."""
+    for step in range(steps * every):
+        for row in rows:
+            made = MOST * (step % every == 0)
+            plan = StepPlan(0, StepKind.DECODE, 1, SamplerForm.GREEDY, (0,), ((),), (2,), (True,), num_drafted=(MOST,))
+            result = StepResult([[7] * (made + 1)], round_counts=[[made + 1]], made_counts=[[made]])
+            judged = drafts.learn([row], plan, result)
+            assert judged == [(MOST, MOST, True)] * (made > 0)
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(1, MOST), (40, 0)])
+def test_a_drafter_that_declines_is_asked_where_its_few_proposals_pay(num_rows, length):
+    """One row alone: rounds without proposals cost nothing. Of 40 rows each proposal makes all rows' round longer."""
+    drafts, rows = lengths(CHEAP), sequences(num_rows)
+    teach_declining(drafts, rows, 10, every=50)
+    assert chosen(drafts, rows) == [length] * num_rows
+    assert all(row.acceptance.judged == row.acceptance.kept > 0 for row in rows)
+
+
 @given(st.integers(1, 15), st.floats(0.05, 0.99), st.floats(1.0, 4.0), st.floats(0.01, 1.0), st.integers(1, 64))
 def test_the_length_is_the_best_of_all(most, chance, first, more, num_rows):
     """Rows that are alike, many proposals seen: no other length has more tokens a second, counted case by case."""
