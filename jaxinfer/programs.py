@@ -168,9 +168,9 @@ def _append(signature: Signature) -> tuple[Key, Program]:
 
 
 def _cached(signature: Signature) -> Iterator[tuple[Key, Program]]:
-    drafter = getattr(signature.model, "drafter", None)
-    if drafter is not None and drafter.needs_cached_tokens:
-        yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, signature.model),
+    pair: Any = signature.model
+    if signature.batcher.config.num_speculative_tokens and pair.drafter.needs_cached_tokens:
+        yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, pair),
                               (signature.state, signature.host_array(2 + CACHED_TOKENS)), donate=(0,),
                               out_shardings=_placements(signature))
 

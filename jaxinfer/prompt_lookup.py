@@ -18,9 +18,13 @@ from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
 
 LONGEST, SHORTEST = 4, 2
-"""Tokens of a match. Longer ones tell no more of where a copied text goes on."""
+"""Tokens of a match. On greedy text of the demo's target, 4 proposals each: from 1 token on 61 to 71 % are kept, from 2
+on 73 to 82 %, from 3 on 79 to 86 %, but of 0.84, 0.63 and 0.52 of the rounds. Matches of 6 change nothing.
+"""
 CHUNK = 1024
-"""Positions looked through at a time: a round's cost follows the longest of its rows, not max_model_len."""
+"""Positions looked through at a time: a round's cost follows the longest of its rows, not max_model_len. 64 rows take
+0.3 ms where all have up to 1,024 tokens and 9 ms where one has 32,768 (2 cores of an AMD EPYC, beside other work).
+"""
 BEFORE = LONGEST - 1
 """Columns before position 0, so that every position has LONGEST tokens."""
 NOTHING, NO_MATCH = -1, -2
@@ -62,8 +66,9 @@ class PromptLookup(Drafter):
                        jnp.zeros((), bool, device=self._place))  # fmt: skip
 
     def struct(self, num_pages: int, page_size: int) -> Any:
-        return History(jax.ShapeDtypeStruct(self.shape, jnp.int32, sharding=self._place),
-                       jax.ShapeDtypeStruct((), jnp.bool_, sharding=self._place))  # fmt: skip
+        tokens: Any = jax.ShapeDtypeStruct(self.shape, jnp.int32, sharding=self._place)
+        always: Any = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self._place)
+        return History(tokens, always)
 
     def insist(self, state: History, on: bool) -> History:
         return state._replace(always=jax.device_put(jnp.array(on), self._place))
