@@ -1,4 +1,4 @@
-"""What a draft model gives and what it must not cost, on the demo pair in bfloat16, greedy.
+"""What drafters give and what they must not cost, on the demo models in bfloat16, greedy.
 
 Shipped pair: `LLM(draft_model="demo-draft")` against the same LLM without it, beginnings of files of Python's standard
 library, in turns. How much is drafted is the engine's own choice, so where proposals do not pay the ratio should be 1.
@@ -6,6 +6,10 @@ library, in turns. How much is drafted is the engine's own choice, so where prop
 Forced acceptance: one row; each proposal is kept with a given chance, whatever was proposed (what is said is nonsense,
 what is computed is not), and all k are always made. Efficiency is the measured speed-up over what the tokens of a round
 promise: their number over (time of such a round) / (time of a plain one), both from the same compiled loops.
+
+Prompt lookup: `LLM(speculation="ngram")`, one row. Copies: the answer is forced to be the prompt's document again,
+as it stands or with an edit every few tokens (the target computes what it computes; the demo's target does not copy).
+Own text: what the target itself says after a file's beginning that begins again; it soon goes in circles.
 """
 
 import math
@@ -20,15 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks.report import Result, exit_code, report
 from benchmarks.workloads import interleaved, is_quick, median_ratio
-from jaxinfer import LLM, SamplingParams, speculative_step, startup
+from jaxinfer import LLM, SamplingParams, sampling, speculative_step, startup
 from jaxinfer.acceptance import keep, repeated
 from jaxinfer.draft_lengths import DraftLengths, RoundSeconds, seconds_of
 from jaxinfer.executor import Executor
+from jaxinfer.loading import model_folder
 from jaxinfer.noise import Use, first_largest, keys_for, uniform
+from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import SamplerForm
 
 PREFIX = 200
@@ -38,7 +45,7 @@ PREFIX = 200
 @dataclass(frozen=True, slots=True)
 class Size:
     """rows, rounds: of the shipped pair, and pairs of runs for each. output: tokens a row. drafted: most proposals.
-    forced: chances and numbers of proposals; forced_rounds: pairs of runs for each.
+    forced: chances and numbers of proposals; forced_rounds: pairs of runs for each. copies, own_text: of prompt lookup.
     """
 
     target: str
@@ -48,24 +55,28 @@ class Size:
     drafted: int
     forced: tuple[tuple[float, int], ...]
     forced_rounds: int
+    copies: int
+    own_text: int
 
 
 FULL = Size("demo", (1, 4, 16, 64), (9, 9, 9, 21), 128, 4,
-            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7)  # fmt: skip
-QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1)  # equal engines compile once
+            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21)  # fmt: skip
+QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0)  # equal engines compile once
 
 
-def new_llm(size: Size, num_rows: int, num_drafted: int = 0) -> LLM:
-    return LLM(size.target, draft_model="demo-draft" if num_drafted else None,
+def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = "draft_model") -> LLM:
+    by_model = num_drafted and speculation == "draft_model"
+    return LLM(size.target, speculation=speculation if num_drafted else None,
+               draft_model="demo-draft" if by_model else None,
                num_speculative_tokens=max(num_drafted, 1), dtype="bfloat16", max_num_seqs=num_rows,
                max_model_len=512, max_num_batched_tokens=max(256, num_rows), num_pages=max(num_rows, 2) * 32,
                enable_prefix_caching=False, quiet=True)  # fmt: skip
 
 
-def beginnings() -> list[str]:
-    """Of every file of the standard library, in random order."""
+def beginnings(length: int = PREFIX) -> list[str]:
+    """So many characters of every file of the standard library, in random order."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [file.read_text(errors="replace")[:PREFIX] for file in files]
+    texts = [file.read_text(errors="replace")[:length] for file in files]
     random.Random(0).shuffle(texts)
     return texts
 
@@ -73,10 +84,10 @@ def beginnings() -> list[str]:
 class Side:
     """An LLM that answers prompts, always the next ones."""
 
-    def __init__(self, llm: LLM, output: int):
+    def __init__(self, llm: LLM, output: int, prompts: list | None = None):
         self.llm = llm
         self._output = output
-        self._texts = beginnings()
+        self._texts = prompts or beginnings()
         self._next = 0
 
     def tokens_a_second(self, num_rows: int) -> float:
@@ -165,11 +176,76 @@ def efficiency(size: Size, plain: Side, chance: float, num_drafted: int) -> list
     ]
 
 
+DOCUMENT, EVERY = 128, 16
+"""Tokens of the document that is copied, and of each edit."""
+
+
+@contextmanager
+def saying(text: list[int]) -> Iterator[None]:
+    """LLMs started inside say `text` by position, whatever they compute."""
+    table = jnp.array(text, jnp.int32)
+
+    def said(logits: jax.Array, positions: jax.Array) -> jax.Array:
+        own = first_largest(logits.reshape(-1, logits.shape[-1])).reshape(positions.shape)
+        return jnp.where(own >= 0, table.at[positions].get(mode="clip"), 0)  # always: but the head is computed
+
+    def accept(logits, drafted, rows, positions, form):
+        own = said(logits, positions[:, None] + jnp.arange(logits.shape[1]))
+        return keep(drafted.tokens == own[:, :-1], drafted, own)
+
+    with mock.patch.object(speculative_step, "accept", accept), \
+            mock.patch.object(sampling, "sample", lambda logits, rows, positions, form: said(logits, positions)):
+        yield
+
+
+def with_edits(document: list[int], every: int) -> list[int]:
+    """One token in so many is another one of the document."""
+    draw = random.Random(0)
+    return [draw.choice(document) if index % every == every - 1 else token for index, token in enumerate(document)]
+
+
+def copying(size: Size, plain: LLM) -> list[Result]:
+    """A copy, then a copy with edits behind both."""
+    encode = Tokenizer.from_folder(model_folder(size.target)).encode
+    document = encode("".join(whole_files()[:2]))[:DOCUMENT]
+    text = [*document, *document, *with_edits(document, EVERY)]
+    prompts = {"copies": text[:DOCUMENT], f"copies with an edit every {EVERY} tokens": text[:2 * DOCUMENT]}
+    with saying(text), new_llm(size, 1, size.drafted, "ngram") as looking:
+        return [one for name, prompt in prompts.items()
+                for one in looked_up(name, size.copies, plain, looking, [prompt], size.output, (1.5, 2.5))]
+
+
+def own_text(size: Size, plain: LLM) -> list[Result]:
+    prompts = [f"{text[:3 * PREFIX]}\n\n{text[:PREFIX // 4]}" for text in whole_files()]
+    if not size.own_text:
+        return []
+    with new_llm(size, 1, size.drafted, "ngram") as looking:
+        return looked_up("own text", size.own_text, plain, looking, prompts, size.output, (None, None))
+
+
+def whole_files() -> list[str]:
+    return [text for text in beginnings(4 * PREFIX) if len(text) == 4 * PREFIX]
+
+
+def looked_up(name: str, rounds: int, plain: LLM, looking: LLM, prompts: list, output: int,
+              limits: tuple[float | None, float | None]) -> list[Result]:
+    """limits: floor and goal of the ratio."""
+    sides = {"plain": Side(plain, output, prompts), "looking": Side(looking, output, prompts)}
+    for side in sides.values():
+        side.tokens_a_second(1)
+    before = looking.metrics()
+    rates = interleaved(rounds, {name: lambda side=side: side.tokens_a_second(1) for name, side in sides.items()})
+    ratio = Result(f"{name}: prompt lookup / plain", median_ratio(rates["looking"], rates["plain"]), "x", *limits,
+                   "higher")  # fmt: skip
+    return [ratio, *accepted(name, before, looking.metrics())]
+
+
 def main() -> int:
     size = QUICK if is_quick(__doc__) else FULL
     results = shipped(size)
     with new_llm(size, 1) as llm:
         plain = Side(llm, size.output)
+        results += copying(size, llm) + own_text(size, llm)
         for chance, num_drafted in size.forced:
             results += efficiency(size, plain, chance, num_drafted)
     efficiencies = [result.value for result in results if result.name.endswith("efficiency") and result.value]

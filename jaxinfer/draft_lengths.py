@@ -2,7 +2,8 @@
 
 Where each proposal is kept with chance a, a round of k of them brings 1 + a + .. + a^k tokens (Leviathan et al. 2023,
 arXiv:2211.17192, section 3.3). What a round takes is measured at start for each number of rows, so the best k is known
-before anything is drafted. No jax here.
+before anything is drafted. A drafter may decline (prompt lookup without a match): rounds count in which any row had a
+proposal, and in those a row's proposals count as often as it had some. No jax here.
 """
 
 import math
@@ -45,7 +46,7 @@ type Seconds = Mapping[SamplerForm, Mapping[int, RoundSeconds]]
 
 
 class Judged(NamedTuple):
-    """A row's round with proposals. known: whether it was not cut by a stop id, behind which nothing is judged."""
+    """A row's round that wanted proposals. known: whether no stop id cut it, behind which nothing is judged."""
 
     made: int
     kept: int
@@ -62,6 +63,7 @@ class DraftLengths:
         self.most = most
         self._seconds = seconds
         self._all = AcceptanceRate()
+        self._making = AcceptanceRate()  # of rounds that wanted proposals, those that had any
         self._plain_rounds = 0  # since the last step with proposals
 
     @staticmethod
@@ -76,18 +78,25 @@ class DraftLengths:
                 seq.num_drafted = self.most
             return
         cost = self._costs(seconds_of(self._seconds[form], len(rows)))
-        best_of_all = best_length(cost, [1.0] * len(rows))
+        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:  # whatever is kept
             for seq in rows:
                 seq.num_drafted = 0
             return
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
         chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in rows]
-        length = best_length(cost, chances)
+        length = best_length(cost, chances, self._shares(rows))
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
             length, chances = best_of_all, [1.0] * len(rows)
         for seq, chance in zip(rows, chances, strict=True):
             seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
+
+    def _shares(self, rows: list[Sequence]) -> list[float]:
+        """Of the rounds in which any row has proposals, those in which each has."""
+        overall = self._making.chance(1.0, PRIOR_WEIGHT)
+        made = [seq.making.chance(overall, ROW_WEIGHT) for seq in rows]
+        any_made = 1.0 - math.prod(1.0 - one for one in made)
+        return [one / any_made for one in made]
 
     def _costs(self, seconds: RoundSeconds) -> list[float]:
         """Of a round with 0, 1, .. proposals a row, in plain rounds."""
@@ -99,28 +108,33 @@ class DraftLengths:
         if plan.kind is StepKind.DECODE:
             self._plain_rounds = 0 if plan.num_drafted else self._plain_rounds + plan.num_rounds
         found: list[Judged] = []
-        for seq, num_drafted, counts, ids in zip(rows, plan.num_drafted, result.round_counts, result.tokens,
-                                                 strict=False):
+        for seq, num_drafted, counts, made, ids in zip(rows, plan.num_drafted, result.round_counts, result.made_counts,
+                                                       result.tokens, strict=False):
             if not seq.finished:
-                judged = judged_rounds(seq, num_drafted, counts, ids)
+                judged = judged_rounds(seq, num_drafted, counts, made, ids)
                 for one in judged:
                     self._learn_round(seq, one)
-                found += judged
+                found += [one for one in judged if one.made]
         return found
 
     def _learn_round(self, seq: Sequence, round_: Judged) -> None:
+        seq.making.add(1, round_.made > 0, REMEMBERED_OF_ROW)
+        self._making.add(1, round_.made > 0, REMEMBERED_OF_ALL)
         judged = round_.kept + (round_.known and round_.kept < round_.made)
         seq.acceptance.add(judged, round_.kept, REMEMBERED_OF_ROW)
         self._all.add(judged, round_.kept, REMEMBERED_OF_ALL)
 
 
-def judged_rounds(seq: Sequence, num_drafted: int, counts: list[int], ids: list[int]) -> list[Judged]:
-    """A row's rounds with proposals, from its tokens in each. The device proposes nothing beyond the row's end."""
+def judged_rounds(seq: Sequence, num_drafted: int, counts: list[int], made_counts: list[int], ids: list[int]
+                  ) -> list[Judged]:  # fmt: skip
+    """A row's rounds that wanted proposals, from the tokens of each and the proposals that were made. The device
+    proposes nothing beyond the row's end.
+    """
     left, found = seq.end + 1 - len(seq.tokens), []
-    for index, count in enumerate(counts):
-        made = min(num_drafted, left - 1)
+    for index, (count, made) in enumerate(zip(counts, made_counts, strict=True)):
+        wanted = min(num_drafted, left - 1)
         left -= count
-        if made > 0:
+        if wanted > 0:
             stopped = index == len(counts) - 1 and ids[-1] in seq.stop_ids
             found.append(Judged(made, min(count - 1, made), not stopped))
     return found
@@ -131,13 +145,14 @@ def seconds_of(by_size: Mapping[int, RoundSeconds], num_rows: int) -> RoundSecon
     return next(seconds for size, seconds in by_size.items() if size >= num_rows)
 
 
-def best_length(cost: list[float], chances: list[float]) -> int:
+def best_length(cost: list[float], chances: list[float], shares: list[float]) -> int:
     """The number of proposals with most tokens a second; 0 unless that is clearly more than without.
 
-    cost: of a round with 0, 1, .. proposals a row, in plain rounds. chances: of each row.
+    cost: of a round with 0, 1, .. proposals a row, in plain rounds. chances: of each row. shares: of such rounds, in
+    which each row has proposals.
     """
     best, best_rate = 0, GAIN * len(chances)
-    tokens, reached = float(len(chances)), chances
+    tokens, reached = float(len(chances)), [share * chance for share, chance in zip(shares, chances, strict=True)]
     for length in range(1, len(cost)):
         tokens += sum(reached)
         if tokens / cost[length] > best_rate:

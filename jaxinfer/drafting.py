@@ -1,4 +1,4 @@
-"""The draft model of a start: checked before anything is loaded, then paired with its target."""
+"""The drafter of a start: a draft model is checked before anything is loaded; then target and drafter are paired."""
 
 import time
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from jaxinfer import loading
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.errors import InvalidConfig
-from jaxinfer.model import Model
-from jaxinfer.models import make_decoder
+from jaxinfer.models import Decoder, make_decoder
+from jaxinfer.prompt_lookup import PromptLookup
 from jaxinfer.start_options import Options
 
 
@@ -30,17 +31,28 @@ def check_draft_model(options: Options, target: Path, max_model_len: int, dtype:
     make_decoder(draft, dtype=dtype, page_size=options.page_size, mesh=mesh)  # can it be cut, and attended to?
 
 
-def with_draft_model(options: Options, target: Model, params: Any, dtype: Any, mesh: jax.sharding.Mesh | None,
-                     say: Callable[[str], None]) -> tuple[Any, Any]:  # fmt: skip
-    """The target alone, or paired with the draft model of the options; the parameters likewise.
-
-    The draft model has the target's dtype of activations, its pages too; its weights are as they are stored.
-    """
-    if options.draft_model is None:
+def with_drafter(options: Options, target: Decoder, params: Any, max_model_len: int, say: Callable[[str], None]
+                 ) -> tuple[Any, Any]:  # fmt: skip
+    """The target alone, or paired with the drafter of the options; the parameters likewise."""
+    if options.drafter is None:
         return target, params
-    began = time.monotonic()
-    loaded = loading.load_model(options.draft_model, dtype=dtype, mesh=mesh)
-    draft = make_decoder(loaded.config, dtype=dtype, page_size=options.page_size, mesh=mesh)
-    say(f"loaded draft model {options.draft_model} in {time.monotonic() - began:.1f} s; it proposes up to "
+    count = options.num_speculative_tokens
+    if options.drafter == "ngram":
+        say(f"prompt lookup proposes up to {count} tokens a round")
+        lookup = PromptLookup(count, options.max_num_seqs, max_model_len, target.mesh)
+        return DraftPair(target, lookup), Pair(params, ())
+    drafter, own = load_draft_model(options, target, say)
+    return DraftPair(target, drafter), Pair(params, own)
+
+
+def load_draft_model(options: Options, target: Decoder, say: Callable[[str], None]) -> tuple[DraftModel, Any]:
+    """The draft model of the options, with its parameters.
+
+    It has the target's dtype of activations, its pages too; its weights are as they are stored.
+    """
+    began, name = time.monotonic(), options.draft_model or ""
+    loaded = loading.load_model(name, dtype=target.dtype, mesh=target.mesh)
+    draft = make_decoder(loaded.config, dtype=target.dtype, page_size=options.page_size, mesh=target.mesh)
+    say(f"loaded draft model {name} in {time.monotonic() - began:.1f} s; it proposes up to "
         f"{options.num_speculative_tokens} tokens a round")
-    return DraftPair(target, draft, options.num_speculative_tokens), Pair(params, loaded.params)
+    return DraftModel(draft, options.num_speculative_tokens), loaded.params

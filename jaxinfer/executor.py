@@ -16,6 +16,8 @@ from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
+    CACHED,
+    CACHED_TOKENS,
     EXTRA_PAGES,
     LOGITS,
     RULES,
@@ -90,9 +92,15 @@ class Executor:
 
     def measure_rounds(self) -> Seconds:
         """What decode rounds take with and without proposals; for an engine that speculates, before it serves."""
+        self._insist(True)
         found = round_seconds.measure(self.config, self._batcher.speculate, self._timed)
+        self._insist(False)
         self._state = self._state._replace(rows=self._no_rows())
         return found
+
+    def _insist(self, on: bool) -> None:
+        pair: Any = self._model
+        self._state = self._state._replace(kv_pages=pair.insist(self._state.kv_pages, on))
 
     def _timed(self, layout: SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
         busy = round_seconds.busy_rows(self.config, self._no_rows(), self._replicated)
@@ -111,6 +119,8 @@ class Executor:
             if init.ruled is not None:
                 rules = self._put(pack_rules(init.slot, init.ruled, self._model.vocab_size))
                 self._state = self._state._replace(rows=self._programs[RULES](self._state.rows, rules))
+        if CACHED in self._programs:
+            self._enter_cached(plan)
         if isinstance(layout, PrefillLayout):
             return self._prefill(plan, layout, flat)
         program = self._programs[decode_key(layout, plan.sampler)]
@@ -144,6 +154,14 @@ class Executor:
             chunk[:len(part)] = part
             self._state = self._programs[APPEND](self._state, self._put(chunk))
 
+    def _enter_cached(self, plan: StepPlan) -> None:
+        for slot, tokens in plan.cached:
+            for first in range(0, len(tokens), CACHED_TOKENS):
+                chunk = np.full(2 + CACHED_TOKENS, -1, np.int32)
+                part = tokens[first:first + CACHED_TOKENS]
+                chunk[:2], chunk[2:2 + len(part)] = (slot, first), part
+                self._state = self._programs[CACHED](self._state, self._put(chunk))
+
     def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:
         """Scores of every packed position against the token packed behind it."""
         packed = [token for ids, after in zip(plan.tokens, plan.next_tokens, strict=True)
@@ -164,14 +182,14 @@ class Executor:
         if not any(step.plan.samples):
             return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
         form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
-        round_counts = []
+        round_counts, made_counts = [], []
         if array.ndim == 4:  # one token more a round, and so on: as if they were rounds
-            round_counts = tokens_of_rounds(array[:, :len(step.plan.slots), :, 0])
+            round_counts, made_counts = counts_of_rounds(array[:, :len(step.plan.slots), :, 0])
             array = array.swapaxes(1, 2).reshape(-1, array.shape[1], array.shape[3])
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         tokens = sampled_tokens(table[:, :, 0])
         logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
-        return StepResult(tokens, logprobs, self._read_scores(step), round_counts)
+        return StepResult(tokens, logprobs, self._read_scores(step), round_counts, made_counts)
 
     def _read_scores(self, step: InFlight) -> list[list[TokenLogprobs]] | None:
         return read_scores(step.plan, [np.asarray(chunk) for chunk in step.scores]) if step.scores else None
@@ -204,9 +222,16 @@ def run_prefill(programs: Mapping[Key, Any], layout: PrefillLayout, params: Any,
     return state._replace(rows=rows), result, hidden
 
 
-def tokens_of_rounds(ids: np.ndarray) -> list[list[int]]:
-    """How many tokens of i32[rounds, R, X + 1] are not -1, of each row in each round that it took part in."""
-    return [[count for count in row if count] for row in (ids >= 0).sum(axis=2).T.tolist()]
+def counts_of_rounds(ids: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
+    """How many tokens i32[rounds, R, X + 1] has, and how many proposals were made (kept ones are tokens, others are
+    `speculative_step.REFUSED`, -1 is nothing), of each row in each round that it took part in.
+    """
+    tokens, made = (ids >= 0).sum(axis=2).T, (ids[:, :, 1:] != -1).sum(axis=2).T
+
+    def where_any(counts: np.ndarray) -> list[list[int]]:
+        return [row[present].tolist() for row, present in zip(counts, tokens > 0, strict=True)]
+
+    return where_any(tokens), where_any(made)
 
 
 def sampled_tokens(ids: np.ndarray) -> list[list[int]]:

@@ -49,10 +49,12 @@ class LLM:
       num_pages: pages in the pool; None takes what memory allows.
       gpu_memory_utilization: share of the accelerator's memory to use for weights, temporaries and pages.
       tensor_parallel_size: devices the model is cut over.
+      speculation: what proposes tokens: "ngram" (what followed the last time a request's newest tokens stood in its
+        prompt or output) or "draft_model"; None is the latter where there is a draft_model.
       draft_model: a smaller model of the same vocabulary that proposes tokens, or "demo-draft" for the shipped one. The
         target's distribution stays what it is, and so does, up to rounding, the output of greedy requests and of those
-        with a seed. None does not speculate.
-      num_speculative_tokens: most tokens that the draft model proposes in a round.
+        with a seed. None: see speculation.
+      num_speculative_tokens: most tokens that are proposed in a round.
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.
       max_decode_rounds: decode rounds fused into one device call while no request waits.
@@ -71,10 +73,10 @@ class LLM:
         kv_cache_dtype: str = "auto", max_model_len: int | None = None,
         max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
         block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
-        tensor_parallel_size: int = 1, draft_model: str | None = None, num_speculative_tokens: int = 4,
-        enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8,
-        max_waiting: int = 4096, attention: str | None = None, int8_matmul: str | None = None,
-        compile_cache: str | None = None, quiet: bool = False,
+        tensor_parallel_size: int = 1, speculation: str | None = None, draft_model: str | None = None,
+        num_speculative_tokens: int = 4, enable_prefix_caching: bool = True, seed: int = 0,
+        max_decode_rounds: int = 8, max_waiting: int = 4096, attention: str | None = None,
+        int8_matmul: str | None = None, compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
             model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
@@ -82,7 +84,7 @@ class LLM:
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size, draft_model=_as_path(draft_model),
+            tensor_parallel_size=tensor_parallel_size, speculation=speculation, draft_model=_as_path(draft_model),
             num_speculative_tokens=num_speculative_tokens, enable_prefix_caching=enable_prefix_caching,
             max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
             int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache), show_progress=not quiet)

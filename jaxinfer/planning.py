@@ -20,6 +20,7 @@ class Planning:
         self.chunks: list[tuple[Sequence, int, int]] = []
         self.init_rows: list[RowInit] = []
         self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
+        self.cached: list[tuple[int, tuple[int, ...]]] = []
         self.lacked_pages = False
 
     def most_tokens(self, seq: Sequence) -> int:
@@ -107,4 +108,5 @@ def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[in
     scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
     return StepPlan(step_id, StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
                     tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                    tuple(following) if scored else (), constrained=constrained and any(samples))
+                    tuple(following) if scored else (), constrained=constrained and any(samples),
+                    cached=tuple(plan.cached))

@@ -19,6 +19,8 @@ from jaxinfer.types import SamplerForm
 
 EXTRA_PAGES = 256
 """Page-table entries one `append_pages` call enters."""
+CACHED_TOKENS = 2048
+"""Tokens of a row, from the prefix cache, that one call tells a drafter."""
 
 Key = tuple[Any, ...]
 
@@ -67,12 +69,13 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
 
 APPEND, RULES, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("score",), ("logits",)
 SAMPLE, SAMPLE_LEGAL = ("sample",), ("sample_legal",)
+CACHED = ("cached tokens",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
     declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
-                _rules(signature)]
+                _rules(signature), *_cached(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -174,6 +177,14 @@ def _rules(signature: Signature) -> tuple[Key, Program]:
     return RULES, Program("enter token rules", partial(steps.enter_rules, layout),
                           (signature.state.rows, signature.host_array(layout.size)), donate=(0,),
                           out_shardings=_placements(signature).rows)
+
+
+def _cached(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    pair: Any = signature.model
+    if signature.batcher.config.num_speculative_tokens and pair.drafter.needs_cached_tokens:
+        yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, pair),
+                              (signature.state, signature.host_array(2 + CACHED_TOKENS)), donate=(0,),
+                              out_shardings=_placements(signature))
 
 
 def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[str], None]

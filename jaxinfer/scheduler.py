@@ -283,6 +283,8 @@ class Scheduler:
             self.metrics.record_start(seq.stats)
         plan.init_rows.append(seq.row_init())
         plan.new_pages.append((seq.slot, 0, tuple(pages)))
+        if self._drafts and shared:
+            plan.cached.append((seq.slot, tuple(seq.tokens[:seq.planned])))
         self._plan_chunk(plan, seq)
         return True
 

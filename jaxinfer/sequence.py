@@ -33,7 +33,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
-        "num_drafted", "acceptance",  # of a row that speculates
+        "num_drafted", "acceptance", "making",  # of a row that speculates
         "matcher",  # its place in its grammar, behind the known tokens; None without one
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
@@ -57,6 +57,7 @@ class Sequence:
         self.finished = False
         self.stats = RequestStats(arrival=request.arrival, num_prompt_tokens=self.num_prompt)
         self.acceptance = AcceptanceRate()
+        self.making = AcceptanceRate()  # of rounds: those asked for proposals, those that had any
         self.hashes: list[Digest] = []
         self.awaited: Digest | None = None
         # Prompt log-probabilities so far; None when not wanted or delivered. One sample has them for all.

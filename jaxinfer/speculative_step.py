@@ -1,8 +1,8 @@
 """Draft, verify, accept and sample in one program: rounds fused like those of a decode step, nothing comes to the host.
 
-In a round the draft model proposes up to X tokens a row, one after the other, and the target computes the row's last
-token and all proposals at once. Rejected ones cost no copy: the row's length does not grow over them, and the next
-round writes over their keys and values.
+In a round the drafter (`drafter.Drafter`) proposes up to X tokens a row, and the target computes the row's last token
+and all proposals at once. Rejected ones cost no copy: the row's length does not grow over them, and the next round
+writes over their keys and values.
 """
 
 from typing import Any
@@ -11,32 +11,37 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import row_state, rule_table, steps
-from jaxinfer.acceptance import Drafted, Kept, accept, draft_rows
+from jaxinfer.acceptance import Drafted, Kept, accept
 from jaxinfer.draft_pair import DraftPair, Pair
+from jaxinfer.drafter import Prefilled, Round, Wanted
 from jaxinfer.layout import PrefillLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
-from jaxinfer.sampling import SamplingRows, sample
+from jaxinfer.sampling import SamplingRows
 from jaxinfer.steps import DeviceState, Unsampled
 from jaxinfer.types import SamplerForm
+
+REFUSED = -2
+"""In results, where a proposal was made and not kept; the host counts them. All ids below 0 are no tokens."""
 
 
 def prefill_step(pair: DraftPair, layout: PrefillLayout, params: Pair, state: DeviceState, inputs: jax.Array
                  ) -> tuple[DeviceState, Unsampled, jax.Array]:
-    """`steps.prefill_step` with both models. Decode rows in it compute their last token alone, so before it the draft
-    model computes the one before: where a round kept all of its proposals it has not seen the last of them.
-    """
-    fields, rows = layout.unpack(inputs), state.rows
-    kv_len = rows.kv_len.at[fields.slots].get(mode="clip")
-    decodes = row_state.alive(rows, fields.slots, fields.on_device & (fields.q_lens > 0))
-    num_rows = layout.num_rows
-    packed = Rows(jnp.where(decodes, kv_len, 0), rows.page_table.at[fields.slots].get(mode="clip"),
-                  jnp.arange(num_rows + 1, dtype=jnp.int32), jnp.full(3, num_rows, jnp.int32))  # fmt: skip
-    before = rows.token_before.at[fields.slots].get(mode="clip")
-    _, draft = pair.draft.forward(params.draft, before, jnp.maximum(kv_len - 1, 0), state.kv_pages.draft, packed,
-                                  max_q_len=1)  # fmt: skip
-    state = DeviceState(Pair(state.kv_pages.target, draft), rows)
-    return steps.prefill_step(pair, layout, params, state, inputs)
+    """`steps.prefill_step` of the target, which the drafter sees."""
+    state, unsampled, hidden = steps.prefill_step(pair, layout, params, state, inputs)
+    fields, (pages, draft) = layout.unpack(inputs), state.kv_pages
+    packed = steps.pack_rows(state.rows, fields)
+    decodes = fields.on_device & (packed.rows.kv_lens > 0)
+    seen = Prefilled(packed.tokens, packed.positions, packed.rows, fields.slots, decodes, hidden)
+    draft = pair.drafter.observe_prefill(params, draft, state.rows, seen)
+    return DeviceState(Pair(pages, draft), state.rows), unsampled, hidden
+
+
+def enter_cached(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> DeviceState:
+    """The state after `Drafter.enter_cached`. inputs: i32[2 + n], slot, first position, tokens."""
+    pages, draft = state.kv_pages
+    draft = pair.drafter.enter_cached(draft, inputs[0], inputs[1], inputs[2:])
+    return DeviceState(Pair(pages, draft), state.rows)
 
 
 def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, params: Pair, state: DeviceState,
@@ -59,94 +64,75 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
 
 def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
                     page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
-    """A round that drafts, or where no row wants proposals a plain one of the target."""
-    left = state.rows.tokens_left.at[fields.slots].get(mode="clip")
-    alive = row_state.alive(state.rows, fields.slots, fields.present)
+    """A round that drafts, or where there are no proposals a plain one of the target."""
+    rows, slots = state.rows, fields.slots
+    left = rows.tokens_left.at[slots].get(mode="clip")
+    alive = row_state.alive(rows, slots, fields.present)
     # Positions behind the row's last token have no pages.
     count = jnp.where(alive, jnp.minimum(fields.num_drafted, left - 1), 0)
+
+    def plain(state):
+        return plain_round(pair, form, params, state, fields, page_indices)
+
+    def drafting(state):
+        wanted = Wanted(slots, alive, count, page_indices, row_state.sampling_of(state.rows, slots))
+        return verifying_round(pair, form, params, *propose(pair, form, params, state, wanted), wanted)
+
+    if not pair.drafter.may_decline:
+        return jax.lax.cond(jnp.any(count > 0), drafting, plain, state)
+    wanted = Wanted(slots, alive, count, page_indices, row_state.sampling_of(rows, slots))
+    state, drafted = propose(pair, form, params, state, wanted)
     return jax.lax.cond(
-        jnp.any(count > 0),
-        lambda state: drafting_round(pair, form, params, state, fields.slots, alive, count, page_indices),
-        lambda state: plain_round(pair, form, params, state, fields, page_indices),
-        state)
+        jnp.any(drafted.count > 0),
+        lambda state: verifying_round(pair, form, params, state, drafted, wanted), plain, state)  # fmt: skip
+
+
+def propose(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, wanted: Wanted
+            ) -> tuple[DeviceState, Drafted]:
+    pages, draft = state.kv_pages
+    drafted, draft = pair.drafter.propose(form, params, draft, state.rows, wanted)
+    return DeviceState(Pair(pages, draft), state.rows), drafted
 
 
 def plain_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
                 page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
-    """The target's token for each row; the draft model does not see it."""
-    alone = DeviceState(state.kv_pages.target, state.rows)
-    alone, result = steps.decode_round(pair.target, form, params.target, alone, fields, page_indices)
-    padded = jnp.pad(result[:, None], ((0, 0), (0, pair.num_drafted), (0, 0)), constant_values=-1)
-    return DeviceState(Pair(alone.kv_pages, state.kv_pages.draft), alone.rows), padded
+    """The target's token for each row."""
+    alive = row_state.alive(state.rows, fields.slots, fields.present)
+    after, result, hidden = steps.decode_round(pair, form, params, state, fields, page_indices)
+    seen = Round(fields.slots, alive, page_indices, result[:, :1], alive.astype(jnp.int32), hidden[:, None])
+    padded = jnp.pad(result[:, None], ((0, 0), (0, pair.drafter.num_drafted), (0, 0)), constant_values=-1)
+    return observe(pair, params, after, state.rows, seen), padded
 
 
-def drafting_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, slots: jax.Array,
-                   alive: jax.Array, count: jax.Array, page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
-    """count: i32[R], proposals of each row."""
-    rows = state.rows
-    sampling = row_state.sampling_of(rows, slots)
-    drafted, draft_pages = propose(pair, form, params.draft, state.kv_pages.draft, rows, slots, alive, count,
-                                   page_indices, draft_rows(sampling))  # fmt: skip
-    logits, target_pages = verify(pair, params.target, state.kv_pages.target, rows, slots, alive, drafted, page_indices)
+def verifying_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, drafted: Drafted,
+                    wanted: Wanted) -> tuple[DeviceState, jax.Array]:
+    """The proposals that the target keeps, and one token more."""
+    rows, slots, alive, sampling = state.rows, wanted.slots, wanted.alive, wanted.sampling
+    logits, hidden, pages = verify(pair, params, state.kv_pages, rows, slots, alive, drafted, wanted.page_indices)
     positions = rows.kv_len.at[slots].get(mode="clip") + 1
-    wanted = logits
+    ruled = logits
     if form is SamplerForm.FULL:
-        wanted = rule_table.apply_along(rows.rules, slots, logits, drafted.tokens)
-    kept = until_stop(accept(wanted, drafted, sampling, positions, form), sampling)
+        ruled = rule_table.apply_along(rows.rules, slots, logits, drafted.tokens)
+    kept = until_stop(accept(ruled, drafted, sampling, positions, form), sampling)
     kept = Kept(jnp.where(alive[:, None], kept.tokens, -1), jnp.where(alive, kept.count, 0))
     scored = row_state.any_scored(rows, slots, alive)
-    rows = row_state.advance_many(rows, slots, alive, kept.tokens, kept.count)
+    after = row_state.advance_many(rows, slots, alive, kept.tokens, kept.count)
     if form is SamplerForm.FULL:
-        rows = row_state.record(rows, slots, kept.tokens, kept.count)
-    return DeviceState(Pair(target_pages, draft_pages), rows), pack(logits, kept, form, scored)
+        after = row_state.record(after, slots, kept.tokens, kept.count)
+    seen = Round(slots, alive, wanted.page_indices, kept.tokens, kept.count, hidden)
+    return observe(pair, params, DeviceState(pages, after), rows, seen), pack(logits, kept, drafted, form, scored)
 
 
-def propose(pair: DraftPair, form: SamplerForm, params: Any, pages: Any, rows: RowState, slots: jax.Array,
-            alive: jax.Array, count: jax.Array, page_indices: jax.Array, sampling: SamplingRows
-            ) -> tuple[Drafted, Any]:  # fmt: skip
-    """Proposals of the draft model, and its pages.
-
-    count: i32[R], proposals a row wants. The first forward computes the last two tokens of every row: where the round
-    before kept all of its proposals the draft model has not seen the last of them, and where it has, the same keys and
-    values are written again.
-    """
-    num_rows, width = slots.shape[0], pair.num_drafted
-    kv_len = rows.kv_len.at[slots].get(mode="clip")
-    tokens = jnp.stack([rows.token_before.at[slots].get(mode="clip"), rows.last_token.at[slots].get(mode="clip")], 1)
-    positions = jnp.maximum(jnp.stack([kv_len - 1, kv_len], 1), 0)
-    two = jnp.arange(num_rows + 1, dtype=jnp.int32) * 2
-    few = jnp.array([0, num_rows, num_rows], jnp.int32)
-    hidden, pages = pair.draft.forward(
-        params, tokens.reshape(-1), positions.reshape(-1), pages,
-        Rows(jnp.where(alive, kv_len + 1, 0), page_indices, two, few), max_q_len=2)  # fmt: skip
-
-    def draw(hidden, index, tokens, seen):
-        logits = pair.draft.logits(params, hidden)
-        if form is SamplerForm.FULL:
-            logits = rule_table.apply(rows.rules, slots, logits, tokens, index)
-        drawn = sample(logits, sampling, kv_len + 1 + index, form)
-        seen = seen if seen is None else seen.at[:, index].set(logits)
-        return tokens.at[:, index].set(drawn), seen
-
-    def one_more(index, carry):
-        tokens, seen, pages = carry
-        goes_on = index < count
-        last = jax.lax.dynamic_index_in_dim(tokens, index - 1, axis=1, keepdims=False)
-        one = Rows(jnp.where(goes_on, kv_len + index + 1, 0), page_indices,
-                   jnp.arange(num_rows + 1, dtype=jnp.int32), jnp.full(3, num_rows, jnp.int32))  # fmt: skip
-        hidden, pages = pair.draft.forward(params, last, kv_len + index, pages, one, max_q_len=1)
-        return *draw(hidden, index, tokens, seen), pages
-
-    # What greedy rows are verified against is the target's own token: the drafter's distribution is of no use.
-    seen = None if form is SamplerForm.GREEDY else jnp.zeros((num_rows, width, pair.vocab_size), jnp.float32)
-    tokens, seen = draw(hidden[1::2], 0, jnp.zeros((num_rows, width), jnp.int32), seen)
-    tokens, seen, pages = jax.lax.fori_loop(1, jnp.max(count), one_more, (tokens, seen, pages))
-    return Drafted(tokens, count, seen), pages
+def observe(pair: DraftPair, params: Pair, state: DeviceState, before: RowState, seen: Round) -> DeviceState:
+    """The state after a round that the drafter has seen. before: the rows before it."""
+    pages, draft = state.kv_pages
+    return DeviceState(Pair(pages, pair.drafter.observe_round(params, draft, before, seen)), state.rows)
 
 
 def verify(pair: DraftPair, params: Any, pages: Any, rows: RowState, slots: jax.Array, alive: jax.Array,
-           drafted: Drafted, page_indices: jax.Array) -> tuple[jax.Array, Any]:  # fmt: skip
-    """The target's logits f32[R, X + 1, V] before each proposal and behind the last, and its pages.
+           drafted: Drafted, page_indices: jax.Array) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    """The target's logits f32[R, X + 1, V] before each proposal and behind the last, the hidden states [R, X + 1, D]
+    that they come from, and the pages.
 
     Rows with fewer proposals have fewer queries: what lies behind a row's last position has no pages.
     """
@@ -158,12 +144,13 @@ def verify(pair: DraftPair, params: Any, pages: Any, rows: RowState, slots: jax.
     offset = jnp.minimum(jnp.arange(num_rows * width, dtype=jnp.int32) - cu_q_lens[row], width - 1)
     padded = jnp.concatenate([rows.last_token.at[slots].get(mode="clip")[:, None], drafted.tokens], axis=1)
     few = jnp.array([0, num_rows, num_rows], jnp.int32)
-    hidden, pages = pair.target.forward(
+    hidden, pages = pair.forward(
         params, padded[row, offset], kv_len[row] + offset, pages,
         Rows(jnp.where(alive, kv_len + q_lens, 0), page_indices, cu_q_lens, few), max_q_len=width)  # fmt: skip
     at = jnp.minimum(cu_q_lens[:-1, None] + jnp.arange(width), num_rows * width - 1)
-    logits = pair.target.logits(params, hidden[at.reshape(-1)])
-    return logits.reshape(num_rows, width, -1), pages
+    hidden = hidden[at.reshape(-1)]
+    logits = pair.logits(params, hidden)
+    return logits.reshape(num_rows, width, -1), hidden.reshape(num_rows, width, -1), pages
 
 
 def until_stop(kept: Kept, sampling: SamplingRows) -> Kept:
@@ -175,10 +162,13 @@ def until_stop(kept: Kept, sampling: SamplingRows) -> Kept:
     return Kept(jnp.where(index < count[:, None], kept.tokens, -1), count)
 
 
-def pack(logits: jax.Array, kept: Kept, form: SamplerForm, scored: jax.Array) -> jax.Array:
+def pack(logits: jax.Array, kept: Kept, drafted: Drafted, form: SamplerForm, scored: jax.Array) -> jax.Array:
     """i32[R, X + 1, result_width(form)]; with log-probabilities where `scored` bool[]."""
+    index = jnp.arange(kept.tokens.shape[1])
+    refused = (index >= kept.count[:, None]) & (index <= drafted.count[:, None]) & (kept.count[:, None] > 0)
+    shown = jnp.where(refused, REFUSED, kept.tokens)[..., None]
     if form is not SamplerForm.FULL:
-        return kept.tokens[..., None]
+        return shown
     num_rows, width, vocab_size = logits.shape
     scores = steps.scores_if(scored, logits.reshape(-1, vocab_size), jnp.maximum(kept.tokens, 0).reshape(-1))
-    return jnp.concatenate([kept.tokens[..., None], scores.reshape(num_rows, width, -1)], axis=-1)
+    return jnp.concatenate([shown, scores.reshape(num_rows, width, -1)], axis=-1)

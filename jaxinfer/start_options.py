@@ -17,6 +17,7 @@ OPTIONAL_SIZES = ("max_model_len", "num_pages")
 OPTIONAL_TEXTS = ("tokenizer", "draft_model", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
+SPECULATIONS = ("draft_model", "ngram")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float32", "int8", "fp8")
 
 
@@ -36,6 +37,7 @@ class Options:
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    speculation: str | None = None
     draft_model: str | None = None
     num_speculative_tokens: int = 4
     enable_prefix_caching: bool = True
@@ -47,6 +49,11 @@ class Options:
     compile_cache: str | None = None
     show_progress: bool = True
 
+    @property
+    def drafter(self) -> str | None:
+        """One of SPECULATIONS; None does not speculate."""
+        return self.speculation or ("draft_model" if self.draft_model else None)
+
     def validate(self) -> None:
         """Raises InvalidConfig naming the field, its value and what it must be."""
         for name in SIZES:
@@ -57,6 +64,7 @@ class Options:
         for name in OPTIONAL_TEXTS:
             if not isinstance(getattr(self, name), str | None):
                 raise InvalidConfig(name, f"must be a string or None, got {getattr(self, name)!r}")
+        self._check_speculation()
         if self.num_speculative_tokens > MOST_DRAFTED:
             raise InvalidConfig("num_speculative_tokens", f"must be at most {MOST_DRAFTED}, got "
                                 f"{self.num_speculative_tokens}: every round computes so many tokens a row")
@@ -74,6 +82,16 @@ class Options:
             raise InvalidConfig("gpu_memory_utilization", f"must be a share in (0, 1], got {share!r}")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise InvalidConfig("seed", f"must be an integer of 64 bits, got {self.seed!r}")
+
+    def _check_speculation(self) -> None:
+        if self.speculation is not None and self.speculation not in SPECULATIONS:
+            raise InvalidConfig("speculation", f"{self.speculation!r} is not one of {', '.join(SPECULATIONS)}; None "
+                                "speculates where there is a draft_model")
+        if self.speculation == "draft_model" and self.draft_model is None:
+            raise InvalidConfig("speculation", "'draft_model' needs draft_model, a model of the same vocabulary")
+        if self.speculation not in (None, "draft_model") and self.draft_model is not None:
+            raise InvalidConfig("speculation", f"{self.speculation!r} has no use for draft_model={self.draft_model!r}; "
+                                "leave one of the two out")
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)

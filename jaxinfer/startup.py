@@ -33,7 +33,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.draft_pair import DraftPair
-from jaxinfer.drafting import check_draft_model, with_draft_model
+from jaxinfer.drafting import check_draft_model, with_drafter
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.errors import InvalidConfig, ModelFormatError
@@ -103,7 +103,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     say(f"implementations on {jax.devices()[0].device_kind}:\n{implementations.table(chosen)}")
     with compile_cache.open_cache(options.compile_cache) as cache:
         params = implementations.with_matmul(with_kv_scales(model, loaded, tokenizer, say), options.int8_matmul)
-        served, params = with_draft_model(options, model, params, dtype, mesh, say)
+        served, params = with_drafter(options, model, params, max_model_len, say)
         plan = plan_memory(options, served, params, max_model_len)
         say(f"memory on each device:\n{plan.table()}")
         least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
@@ -169,7 +169,7 @@ def make_engine(executor: Executor, config: EngineConfig, drafts: DraftLengths |
 
 
 def measured_drafts(executor: Executor, config: EngineConfig, say: Callable[[str], None]) -> DraftLengths | None:
-    """How many tokens are drafted, by what rounds take on this device; None without a draft model."""
+    """How many tokens are drafted, by what rounds take on this device; None without a drafter."""
     if not config.num_speculative_tokens:
         return None
     seconds = executor.measure_rounds()
@@ -221,7 +221,7 @@ def engine_config(options: Options, max_model_len: int, num_pages: int, least: S
     return EngineConfig(
         max_model_len=max_model_len, num_pages=num_pages, page_size=options.page_size,
         max_num_seqs=options.max_num_seqs, max_decode_rounds=options.max_decode_rounds, max_num_batched_tokens=budget,
-        num_speculative_tokens=options.num_speculative_tokens if options.draft_model else 0,
+        num_speculative_tokens=options.num_speculative_tokens if options.drafter else 0,
         token_buckets=least.token_buckets(budget), row_buckets=least.row_buckets(options.max_num_seqs),
         enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
 
@@ -243,10 +243,11 @@ def plan_within(budget: int, options: Options, model: Decoder | DraftPair, param
     """
     full_row = -(-max_model_len // options.page_size)
     needed = max(options.max_num_seqs, full_row)
-    shards = sharding.tensor_parallel_size(model.mesh)
+    shards, cache = sharding.tensor_parallel_size(model.mesh), model.cache(1, options.page_size)
     plan = partial(
         memory.plan_pages, budget=budget, weights=memory.weight_bytes(params),
-        bytes_per_page=model.cache(1, options.page_size).bytes_per_page // shards, page_size=options.page_size,
+        bytes_per_page=cache.bytes_per_page // shards, page_size=options.page_size,
+        drafter=getattr(cache, "fixed_bytes", 0),
         needed=needed, most=options.max_num_seqs * full_row if on_cpu else None, wanted=options.num_pages,
         on_cpu=on_cpu)
     without_temporaries = plan(temporaries=None)  # what cannot fit is refused before anything is compiled

@@ -47,7 +47,7 @@ def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: Device
     """
     fields = layout.unpack(inputs)
     rows = row_state.append_pages(row_state.initialise(state.rows, fields.inits), fields.new_pages)
-    packed = _pack_rows(rows, fields)
+    packed = pack_rows(rows, fields)
     hidden, kv_pages = model.forward(params, packed.tokens, packed.positions, state.kv_pages, packed.rows,
                                      max_q_len=None)
     last = jnp.clip(packed.rows.cu_q_lens[1:] - 1, 0)
@@ -71,13 +71,13 @@ def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled,
     return row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens), result
 
 
-class _PackedRows(NamedTuple):
+class PackedRows(NamedTuple):
     tokens: jax.Array  # i32[T]
     positions: jax.Array  # i32[T]
     rows: Rows
 
 
-def _pack_rows(state: RowState, fields) -> _PackedRows:
+def pack_rows(state: RowState, fields) -> PackedRows:
     """Fills in what only the device knows: lengths and last tokens of rows that decode."""
     num_tokens = fields.tokens.shape[0]
     alive = ~(fields.on_device & state.stopped.at[fields.slots].get(mode="clip"))
@@ -91,7 +91,7 @@ def _pack_rows(state: RowState, fields) -> _PackedRows:
     last_token = state.last_token.at[fields.slots].get(mode="clip")
     tokens = jnp.where(fields.on_device[row], last_token[row], fields.tokens)
     page_indices = state.page_table.at[fields.slots].get(mode="clip")
-    return _PackedRows(tokens, positions, Rows(kv_lens, page_indices, cu_q_lens, fields.distribution))
+    return PackedRows(tokens, positions, Rows(kv_lens, page_indices, cu_q_lens, fields.distribution))
 
 
 def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form, masks):
@@ -162,7 +162,7 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
     shape = (layout.max_rounds, layout.num_rows, result_width(form))
 
     def one_round(state):
-        return decode_round(model, form, params, state, fields, page_indices)
+        return decode_round(model, form, params, state, fields, page_indices)[:2]
 
     return fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
 
@@ -184,7 +184,9 @@ def fused_rounds(one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array
 
 
 def decode_round(model, form, params, state: DeviceState, fields, page_indices):
-    """One token for each row that runs; the state and the packed results i32[R, result_width(form)]."""
+    """One token for each row that runs; the state, the packed results i32[R, result_width(form)] and the hidden states
+    [R, D] that the tokens come from.
+    """
     rows, slots = state.rows, fields.slots
     alive = row_state.alive(rows, slots, fields.present)
     num_rows = slots.shape[0]
@@ -198,7 +200,7 @@ def decode_round(model, form, params, state: DeviceState, fields, page_indices):
     tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form)
     if form is SamplerForm.FULL:
         rows = row_state.record(rows, slots, tokens[:, None], alive.astype(jnp.int32))
-    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, last, tokens)), result
+    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, last, tokens)), result, hidden
 
 
 def score_chunk(model: Model, params: Any, hidden: jax.Array, start: jax.Array, targets: jax.Array) -> jax.Array:

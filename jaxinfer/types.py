@@ -203,6 +203,8 @@ class StepPlan:
     next_tokens: per row, the prompt token behind its chunk, -1 where the prompt ends; with prompt_logprobs only
     num_drafted: per row, proposals wanted in each round; () where no row drafts
     constrained: the step samples only once the host has sent the masks of its rows' grammars; prefill steps only
+    cached:    (slot, first tokens of a row that begins) of rows whose pages come from the prefix cache in part, where
+               the engine speculates: a drafter may want the tokens
     """
 
     step_id: int
@@ -219,6 +221,7 @@ class StepPlan:
     next_tokens: tuple[int, ...] = ()
     num_drafted: tuple[int, ...] = ()
     constrained: bool = False
+    cached: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -253,12 +256,14 @@ class StepResult:
     logprobs: per row a TokenLogprobs for each sampled id, when the FULL sampler ran.
     prompt_logprobs: per row, a TokenLogprobs for each computed prompt position's *next* token.
     round_counts: per row, its tokens in each round that it took part in; [] where no round brings more than one.
+    made_counts: per row, the proposals made for it in each of those rounds.
     """
 
     tokens: list[list[int]]
     logprobs: Sequence[list[TokenLogprobs]] | None = None
     prompt_logprobs: Sequence[list[TokenLogprobs]] | None = None
     round_counts: Sequence[list[int]] = ()
+    made_counts: Sequence[list[int]] = ()
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """The counting model behind the real engine: shared by the tests of everything around the model."""
 
+from collections.abc import Callable
+
 import jax
 
 from jaxinfer.config import EngineConfig
@@ -44,11 +46,18 @@ def request(id: str, prompt, max_tokens: int, *, stop_ids=(), priority=0, arriva
                    priority=priority, arrival=arrival, cache_salt=salt)
 
 
-def counted(request: Request) -> list[int]:
-    """What the counting model must answer (greedily, where a stop id is banned and something else comes out)."""
+def next_number(last: int) -> int:
+    return (last + 1) % VOCAB
+
+
+def counted(request: Request, following: Callable[[int], int] = next_number) -> list[int]:
+    """What the counting model must answer (greedily, where a stop id is banned and something else comes out).
+
+    following: the model's next token.
+    """
     ids, last = [], request.prompt[-1]
     for index in range(request.max_tokens):
-        last = (last + 1) % VOCAB
+        last = following(last)
         banned = index < request.params.min_tokens and last in request.stop_ids
         if banned:  # all other logits are equal, and the first of them is taken
             last = next(token for token in range(VOCAB) if token not in request.stop_ids)

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxinfer import programs, sharding, startup
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.models import make_decoder
 from jaxinfer.params import abstract_params, default_layer_loop
@@ -37,7 +38,8 @@ def compile_all(where: str) -> list[dict[str, Any]]:
     devices = target(where)
     mesh = Mesh(np.array(devices.devices()).reshape(1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     shapes = [config(layers) for layers in (4, 2)]
-    pair = DraftPair(*(make_decoder(each, dtype=jnp.bfloat16, page_size=16, mesh=mesh) for each in shapes), DRAFTED)
+    target_model, draft = (make_decoder(each, dtype=jnp.bfloat16, page_size=16, mesh=mesh) for each in shapes)
+    pair = DraftPair(target_model, DraftModel(draft, DRAFTED))
     params = Pair(*(abstract_params(each, mesh=mesh, layer_loop=default_layer_loop(mesh)) for each in shapes))
     signature = startup.abstract_signature(pair, params, ENGINE)
     state = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(signature.state))

@@ -35,7 +35,14 @@ def teach(drafts: DraftLengths, rows: list[Sequence], counts: list[int], num_dra
     plan = StepPlan(0, StepKind.DECODE, len(counts), SamplerForm.GREEDY, tuple(range(size)), ((),) * size, (2,) * size,
                     (True,) * size, num_drafted=(num_drafted,) * size if num_drafted else ())  # fmt: skip
     ids = [7] * (sum(counts) - 1) + [last]
-    drafts.learn(rows, plan, StepResult([ids] * size, round_counts=[list(counts)] * size))
+    made = [made_of(rows[0], num_drafted, counts)] * size
+    drafts.learn(rows, plan, StepResult([ids] * size, round_counts=[list(counts)] * size, made_counts=made))
+
+
+def made_of(seq: Sequence, num_drafted: int, counts: list[int]) -> list[int]:
+    """Proposals of a drafter that never declines: nothing is proposed beyond the row's end."""
+    left = [seq.end + 1 - len(seq.tokens) - sum(counts[:index]) for index in range(len(counts))]
+    return [max(min(num_drafted, one - 1), 0) for one in left]
 
 
 def teach_often(drafts: DraftLengths, rows: list[Sequence], counts: list[int], steps: int, num_drafted=MOST) -> None:
@@ -90,7 +97,7 @@ def test_short_answers_do_not_look_like_refused_proposals():
         teach(drafts, [single], [1])  # none fits
         teach(drafts, sequences(1), [2], last=STOP)  # a kept stop id
     assert chosen(drafts, sequences(1)) == [MOST]
-    kept = draft_lengths.judged_rounds(sequences(1)[0], MOST, [5, 2], [7] * 6 + [STOP])
+    kept = draft_lengths.judged_rounds(sequences(1)[0], MOST, [5, 2], [MOST, MOST], [7] * 6 + [STOP])
     assert kept == [(4, 4, True), (4, 1, False)]
 
 
@@ -137,6 +144,26 @@ def test_sampling_rows_are_judged_by_their_own_rounds():
     drafts = DraftLengths(MOST, {SamplerForm.GREEDY: {8: CHEAP}, SamplerForm.SIMPLE: {8: DEAR}, SamplerForm.FULL: {}})
     assert chosen(drafts, sequences(2))[0] > 0
     assert chosen(drafts, sequences(2, temperature=1.0)) == [0, 0]
+
+
+def teach_declining(drafts: DraftLengths, rows: list[Sequence], steps: int, every: int) -> None:
+    """Each row has MOST proposals in one of so many rounds, and keeps them."""
+    for step in range(steps * every):
+        for row in rows:
+            made = MOST * (step % every == 0)
+            plan = StepPlan(0, StepKind.DECODE, 1, SamplerForm.GREEDY, (0,), ((),), (2,), (True,), num_drafted=(MOST,))
+            result = StepResult([[7] * (made + 1)], round_counts=[[made + 1]], made_counts=[[made]])
+            judged = drafts.learn([row], plan, result)
+            assert judged == [(MOST, MOST, True)] * (made > 0)
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(1, MOST), (40, 0)])
+def test_a_drafter_that_declines_is_asked_where_its_few_proposals_pay(num_rows, length):
+    """One row alone: rounds without proposals cost nothing. Of 40 rows each proposal makes all rows' round longer."""
+    drafts, rows = lengths(CHEAP), sequences(num_rows)
+    teach_declining(drafts, rows, 10, every=50)
+    assert chosen(drafts, rows) == [length] * num_rows
+    assert all(row.acceptance.judged == row.acceptance.kept > 0 for row in rows)
 
 
 @given(st.integers(1, 15), st.floats(0.05, 0.99), st.floats(1.0, 4.0), st.floats(0.01, 1.0), st.integers(1, 64))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
 from jaxinfer.memory import measure_temporaries
@@ -67,7 +68,7 @@ def test_draft_verify_accept_and_sample_are_one_program():
     params = init_params(CONFIG, dtype=jnp.float32)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config = replace(ENGINE, num_speculative_tokens=3)
-    executor = Executor(DraftPair(model, model, 3), Pair(params, params), config, place)
+    executor = Executor(DraftPair(model, DraftModel(model, 3)), Pair(params, params), config, place)
     programs = {key: program for key, program in declare(executor.signature).items() if key[0] == "decode"}
     assert len(programs) == len(SamplerForm)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.signature.state))

@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from jaxinfer import loading, sharding
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import DraftLengths
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.executor import Executor
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
+from jaxinfer.prompt_lookup import PromptLookup
 from jaxinfer.testing import CountingModel
 from jaxinfer.types import SamplerForm, StepKind
 
@@ -43,7 +45,7 @@ DRAFTERS = {"right": CountingModel(VOCAB), "wrong": Miscounting(VOCAB), "half": 
 
 def counting_executor(drafter: str, **changes) -> Executor:
     config = small_config(num_speculative_tokens=3, **changes)
-    pair = DraftPair(CountingModel(VOCAB), DRAFTERS[drafter], 3)
+    pair = DraftPair(CountingModel(VOCAB), DraftModel(DRAFTERS[drafter], 3))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     executor = Executor(pair, Pair(*jax.device_put((jnp.float32(0), jnp.float32(0)), place)), config, place)
     executor.warm_up(workers=2, progress=lambda name: None)
@@ -154,7 +156,7 @@ def real(repository):
 
 
 def real_executor(folder: Path, drafter: str | None, num_drafted: int = 0, shards: int = 1) -> Executor:
-    """The target alone, with itself as its drafter, or with one of random weights."""
+    """The target alone, with itself as its drafter, with one of random weights, or with prompt lookup ("ngram")."""
     mesh = sharding.make_mesh(shards) if shards > 1 else None
     loaded = loading.load_model(folder, dtype=jnp.float32, mesh=mesh)
     model: Any = make_decoder(loaded.config, dtype=jnp.float32, page_size=PAGE, mesh=mesh)
@@ -162,9 +164,12 @@ def real_executor(folder: Path, drafter: str | None, num_drafted: int = 0, shard
         max_model_len=64, num_pages=60, page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16, max_decode_rounds=4,
         num_speculative_tokens=num_drafted, token_buckets=(16,), row_buckets=(4,))  # fmt: skip
     params: Any = loaded.params
-    if drafter is not None:
+    if drafter == "ngram":
+        lookup = PromptLookup(num_drafted, config.max_num_seqs, config.max_model_len, mesh)
+        model, params = DraftPair(model, lookup), Pair(params, ())
+    elif drafter is not None:
         other = params if drafter == "itself" else init_params(loaded.config, dtype=jnp.float32, mesh=mesh)
-        model, params = DraftPair(model, model, num_drafted), Pair(params, other)
+        model, params = DraftPair(model, DraftModel(model, num_drafted)), Pair(params, other)
     executor = Executor(model, params, config, sharding.sharding(mesh, jax.sharding.PartitionSpec()))
     executor.warm_up(workers=2, progress=lambda name: None)
     return executor
@@ -179,7 +184,8 @@ def answers(executor: Executor, requests, together: bool, drafts: DraftLengths |
     return [ids_of(found[one.id, 0]) for one in requests]
 
 
-@pytest.mark.parametrize(("drafter", "num_drafted", "shards"), [("itself", 5, 1), ("random", 3, 1), ("itself", 1, 2)])
+@pytest.mark.parametrize(("drafter", "num_drafted", "shards"), [("itself", 5, 1), ("random", 3, 1), ("itself", 1, 2),
+                                                               ("ngram", 4, 2)])
 def test_seeded_and_greedy_output_is_that_without_speculation(real, drafter, num_drafted, shards):
     """Alone and in a full batch, for any number of proposals, a bad drafter, and on two devices."""
     requests = [

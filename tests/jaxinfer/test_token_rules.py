@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_sampler import VOCAB, TableModel, answer
 
+from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.executor import Executor
@@ -19,7 +20,7 @@ from jaxinfer.token_rules import rules_of
 from jaxinfer.types import MAX_BAD_WORD_TOKENS, SamplingParams, TokenRules
 from jaxinfer.validation import normalise
 
-DRAFTERS = {"none": None, "often right": TableModel(every=3)}
+DRAFTERS = {"none": None, "a model that is often right": TableModel(every=3)}
 
 
 @cache
@@ -29,7 +30,7 @@ def executor(drafter: str) -> Executor:
     params, draft = jax.device_put((np.float32(0), np.float32(0)), place)
     model, config = TableModel(), small_config(max_decode_rounds=3)
     if DRAFTERS[drafter] is not None:
-        model = DraftPair(model, DRAFTERS[drafter], 3)
+        model = DraftPair(model, DraftModel(DRAFTERS[drafter], 3))
         params, config = Pair(params, draft), dataclasses.replace(config, num_speculative_tokens=3)
     made = Executor(model, params, config, place)
     made.warm_up(workers=2, progress=lambda name: None)
