@@ -14,9 +14,12 @@ from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.models import make_decoder
 from jaxinfer.params import abstract_params, default_layer_loop
+from jaxinfer.prompt_lookup import PromptLookup
 from pallas_kernels.aot.targets import target
 
 DRAFTED = 4
+LONG = 2**20
+"""Tokens of a row of prompt lookup: a history that would be seen if it were copied."""
 ENGINE = EngineConfig(
     max_model_len=2048, num_pages=2048, page_size=16, max_num_seqs=16, max_num_batched_tokens=256,
     num_speculative_tokens=DRAFTED, token_buckets=(256,), row_buckets=(16,))  # fmt: skip
@@ -31,23 +34,29 @@ def config(layers: int) -> ModelConfig:
         windows=(0,) * layers)  # fmt: skip
 
 
-def compile_all(where: str) -> list[dict[str, Any]]:
+def compile_all(where: str, kind: str, forms: list[str]) -> list[dict[str, Any]]:
     """The job: of each speculative program its name, bytes that are aliased, of the state, of temporaries and of the
-    smaller pages, and what it exchanges with the host.
+    drafter's pages or tokens, and what it exchanges with the host.
+
+    kind: "draft_model" or "ngram". forms: samplers.
     """
     devices = target(where)
     mesh = Mesh(np.array(devices.devices()).reshape(1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     shapes = [config(layers) for layers in (4, 2)]
     target_model, draft = (make_decoder(each, dtype=jnp.bfloat16, page_size=16, mesh=mesh) for each in shapes)
-    pair = DraftPair(target_model, DraftModel(draft, DRAFTED))
-    params = Pair(*(abstract_params(each, mesh=mesh, layer_loop=default_layer_loop(mesh)) for each in shapes))
+    weights, own = (abstract_params(each, mesh=mesh, layer_loop=default_layer_loop(mesh)) for each in shapes)
+    if kind == "draft_model":
+        pair, params = DraftPair(target_model, DraftModel(draft, DRAFTED)), Pair(weights, own)
+    else:
+        pair, params = DraftPair(target_model, PromptLookup(DRAFTED, 16, LONG, mesh)), Pair(weights, ())
     signature = startup.abstract_signature(pair, params, ENGINE)
     state = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(signature.state))
-    pages = np.prod(signature.state.kv_pages.draft.shape) * 2
+    (largest, *_) = sorted(jax.tree.leaves(signature.state.kv_pages.draft), key=lambda leaf: -leaf.size)
+    pages = np.prod(largest.shape) * largest.dtype.itemsize
     found = []
     with jax.set_mesh(mesh):
         for key, program in programs.declare(signature).items():
-            if key[0] != "decode":
+            if key[0] != "decode" or key[2].name.lower() not in forms:
                 continue
             compiled = program.compile()
             memory, text = compiled.memory_analysis(), compiled.as_text() or ""

@@ -15,6 +15,7 @@ from jaxinfer.memory import measure_temporaries
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
 from jaxinfer.programs import declare, largest
+from jaxinfer.prompt_lookup import PromptLookup
 from jaxinfer.types import SamplerForm
 
 CONFIG = ModelConfig(
@@ -62,15 +63,20 @@ def test_few_programs_are_declared(executor):
     assert len(server.token_buckets) + 3 * len(server.row_buckets) + 6 <= 25
 
 
-def test_draft_verify_accept_and_sample_are_one_program():
-    """Also the pages of both models are written in place, and nothing goes to the host in between."""
+@pytest.mark.parametrize(("kind", "forms"), [("draft_model", tuple(SamplerForm)), ("ngram", (SamplerForm.GREEDY,))])
+def test_draft_verify_accept_and_sample_are_one_program(kind, forms):
+    """Also pages and the drafter's state are written in place, and nothing goes to the host in between."""
     model = make_decoder(CONFIG, dtype=jnp.float32, page_size=16)
     params = init_params(CONFIG, dtype=jnp.float32)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config = replace(ENGINE, num_speculative_tokens=3)
-    executor = Executor(DraftPair(model, DraftModel(model, 3)), Pair(params, params), config, place)
-    programs = {key: program for key, program in declare(executor.signature).items() if key[0] == "decode"}
-    assert len(programs) == len(SamplerForm)
+    # A history that would be seen if it were copied.
+    drafter, own = ((DraftModel(model, 3), params) if kind == "draft_model" else
+                    (PromptLookup(3, config.max_num_seqs, 2**20), ()))  # fmt: skip
+    executor = Executor(DraftPair(model, drafter), Pair(params, own), config, place)
+    programs = {key: program for key, program in declare(executor.signature).items()
+                if key[0] == "decode" and key[2] in forms}  # fmt: skip
+    assert len(programs) == len(forms)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.signature.state))
     pages = executor.signature.state.kv_pages.target.nbytes
     for program in programs.values():
