@@ -96,6 +96,9 @@ class Clocked:
         self.kind = plan.kind
         return timed(self.seconds, "pack", self.runner.dispatch)(plan)
 
+    def proposed(self, step: InFlight) -> list[list[int]] | None:
+        return self.runner.proposed(step)
+
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
         timed(self.seconds, "pack", self.runner.sample)(step, masks)
 

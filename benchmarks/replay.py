@@ -33,6 +33,9 @@ class Recorder:
         self.results.append(step.result)
         return step
 
+    def proposed(self, step: InFlight) -> list[list[int]] | None:
+        return self.runner.proposed(step)
+
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
         raise ValueError("a step with grammars cannot be played again: its masks are not noted")
 

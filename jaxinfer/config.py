@@ -62,7 +62,8 @@ class EngineConfig:
     max_num_seqs: rows that run at once. max_num_batched_tokens: token budget of a step.
     max_decode_rounds: decode rounds fused into one device call while nobody waits.
     num_speculative_tokens: most tokens drafted for a row in a round; 0 does not speculate.
-    max_waiting: requests that may queue before Overloaded.
+    max_waiting: requests that may queue before Overloaded. grammars: whether rows may have one; programs are compiled
+    for it.
     """
 
     max_model_len: int
@@ -75,6 +76,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting: int = 4096
     seed: int = 0
+    grammars: bool = False
     token_buckets: tuple[int, ...] = field(default=())
     row_buckets: tuple[int, ...] = field(default=())
 

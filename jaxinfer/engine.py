@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxinfer.errors import StepFailed
-from jaxinfer.executor import InFlight
+from jaxinfer.executor import InFlight, Unfinished
 from jaxinfer.masks import Masks
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.types import Request, StepPlan, StepResult, TokenChunk
@@ -25,6 +25,8 @@ class StepRunner(Protocol):
     """The device as the engine sees it (`executor.Executor`; tests and benchmarks have fakes)."""
 
     def dispatch(self, plan: StepPlan) -> InFlight: ...
+
+    def proposed(self, step: InFlight) -> list[list[int]] | None: ...
 
     def sample(self, step: InFlight, masks: np.ndarray) -> None: ...
 
@@ -52,7 +54,7 @@ class Engine:
         self._compiles = compiles
         self._clock = clock
         self._in_flight: InFlight | None = None
-        self._masks = Masks(scheduler.config.max_num_seqs)
+        self._masks = Masks()
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
 
     @property
@@ -93,18 +95,18 @@ class Engine:
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
         chunks = [] if finished is None else self._commit(finished)
-        if dispatched is not None and dispatched.plan.constrained:
-            chunks += self._sample(dispatched)
+        if dispatched is not None and dispatched.unfinished is not None:
+            chunks += self._sample(dispatched, dispatched.unfinished)
         return chunks
 
     def _commit(self, step: InFlight) -> list[TokenChunk]:
         return self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
 
-    def _sample(self, step: InFlight) -> list[TokenChunk]:
+    def _sample(self, step: InFlight, halfway: Unfinished) -> list[TokenChunk]:
         """Lets the grammars of a dispatched step's rows say what is legal; the last chunks of rows whose grammar fails.
         """
         rows = self.scheduler.rows_of(step.plan)
-        masks, failed = self._masks.of(step.plan, rows)
+        masks, failed = self._masks.of(step.plan, rows, halfway.mask_shape, self.runner.proposed(step))
         self.runner.sample(step, masks)
         return [self.scheduler.fail(rows[row], error, self._clock()) for row, error in failed.items()]
 

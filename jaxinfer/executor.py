@@ -12,7 +12,7 @@ from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import Seconds
-from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
+from jaxinfer.layout import PrefillLayout, SpeculateLayout, mask_width, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
@@ -30,9 +30,23 @@ from jaxinfer.programs import (
     declare,
     decode_key,
     prefill_key,
+    propose_key,
+    verify_key,
 )
 from jaxinfer.results import RowLogprobs, read_scores
 from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A step that samples only under masks i32[mask_shape]. key: of the program that does. arguments: i32 inputs of a
+    speculative round, and what the first half of the step has left. proposed: i32[R, X], -1 behind the last.
+    """
+
+    key: Key
+    arguments: tuple[Any, ...]
+    mask_shape: tuple[int, ...]
+    proposed: jax.Array | None = None
 
 
 @dataclass(slots=True)
@@ -41,10 +55,11 @@ class InFlight:
 
     plan: StepPlan
     result: Any
-    """`steps.Unsampled` until `Executor.sample` where the plan is constrained. Otherwise arrays: after
-    prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode i32[rounds, R, W], after speculation
-    i32[rounds, R, X + 1, W]."""
+    """None while `unfinished`. After prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode
+    i32[rounds, R, W], after speculation i32[rounds, R, X + 1, W]."""
     scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
+    unfinished: "Unfinished | None" = None
+    """Where the plan is constrained, until `Executor.sample`."""
 
 
 class Executor:
@@ -123,6 +138,8 @@ class Executor:
             self._enter_cached(plan)
         if isinstance(layout, PrefillLayout):
             return self._prefill(plan, layout, flat)
+        if isinstance(layout, SpeculateLayout) and plan.constrained:
+            return self._propose(plan, layout, self._put(flat))
         program = self._programs[decode_key(layout, plan.sampler)]
         self._state, result = program(self._params, self._state, self._put(flat))
         result.copy_to_host_async()
@@ -130,18 +147,43 @@ class Executor:
 
     def _prefill(self, plan: StepPlan, layout: PrefillLayout, flat: np.ndarray) -> InFlight:
         if plan.constrained:
-            program = self._programs[prefill_key(layout)]
-            self._state, result, hidden = program(self._params, self._state, self._put(flat))
+            self._state, left, hidden = self._programs[prefill_key(layout)](self._params, self._state, self._put(flat))
+            result, unfinished = None, Unfinished(SAMPLE_LEGAL, (left,), (layout.num_rows, self._mask_width))
         else:
             self._state, result, hidden = run_prefill(
                 self._programs, layout, self._params, self._state, self._put(flat), any(plan.samples))
             result.copy_to_host_async()
-        return InFlight(plan, result, self._score(plan, hidden) if plan.prompt_logprobs else [])
+            unfinished = None
+        return InFlight(plan, result, self._score(plan, hidden) if plan.prompt_logprobs else [], unfinished)
+
+    def _propose(self, plan: StepPlan, layout: SpeculateLayout, inputs: jax.Array) -> InFlight:
+        self._state, drafted = self._programs[propose_key(layout)](self._params, self._state, inputs)
+        drafted.tokens.copy_to_host_async()
+        shape = (layout.num_rows, layout.num_drafted + 1, self._mask_width)
+        return InFlight(plan, None, [], Unfinished(verify_key(layout), (inputs, drafted), shape, drafted.tokens))
+
+    @property
+    def _mask_width(self) -> int:
+        return mask_width(self._model.vocab_size)
+
+    def proposed(self, step: InFlight) -> list[list[int]] | None:
+        """What was proposed to the rows of a constrained step; None where nobody proposes. Waits for it."""
+        if step.unfinished is None or step.unfinished.proposed is None:
+            return None
+        table = np.asarray(step.unfinished.proposed)[:len(step.plan.slots)]
+        return [[token for token in row if token >= 0] for row in table.tolist()]
 
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
-        """What the grammars of a dispatched step's rows allow, i32[R, mask_width(V)]: now its tokens are sampled."""
-        rows, step.result = self._programs[SAMPLE_LEGAL](self._params, self._state.rows, step.result, self._put(masks))
-        self._state = self._state._replace(rows=rows)
+        """What the grammars of a constrained step's rows allow, i32 of its `mask_shape`: now its tokens are sampled."""
+        unfinished, step.unfinished = step.unfinished, None
+        if unfinished is None:
+            raise ValueError("the step has sampled")
+        program, arguments = self._programs[unfinished.key], (*unfinished.arguments, self._put(masks))
+        if unfinished.key == SAMPLE_LEGAL:
+            rows, step.result = program(self._params, self._state.rows, *arguments)
+            self._state = self._state._replace(rows=rows)
+        else:
+            self._state, step.result = program(self._params, self._state, *arguments)
         step.result.copy_to_host_async()
 
     def _put(self, array: np.ndarray) -> jax.Array:
@@ -181,7 +223,8 @@ class Executor:
         array = np.asarray(step.result)
         if not any(step.plan.samples):
             return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
-        form = SamplerForm.FULL if step.plan.kind is StepKind.PREFILL else step.plan.sampler
+        full = step.plan.kind is StepKind.PREFILL or step.plan.constrained
+        form = SamplerForm.FULL if full else step.plan.sampler
         round_counts, made_counts = [], []
         if array.ndim == 4:  # one token more a round, and so on: as if they were rounds
             round_counts, made_counts = counts_of_rounds(array[:, :len(step.plan.slots), :, 0])

@@ -1,5 +1,6 @@
 """Grammars of one model: compiled off the engine's thread, kept for the next request that brings the same one."""
 
+import importlib.util
 import threading
 import time
 from collections import OrderedDict
@@ -31,6 +32,11 @@ MAX_KEPT = 32
 """Compiled grammars kept; a hostile one may hold some 25 MB of lexer states."""
 MAX_REBUILD_SECONDS = 0.1
 """A grammar that took longer to compile is not compiled again on the engine's thread."""
+
+
+def are_possible(tokenizer: "Tokenizer | None") -> bool:
+    """Whether any request could have a grammar: there are tokens with texts, and the library is installed."""
+    return tokenizer is not None and importlib.util.find_spec("llguidance") is not None
 
 
 class CompiledGrammar:

@@ -75,7 +75,7 @@ CACHED = ("cached tokens",)
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
     declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
-                _rules(signature), *_cached(signature)]
+                _rules(signature), *_cached(signature), *_with_grammars(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -138,15 +138,48 @@ def _decode(signature: Signature) -> Iterator[tuple[Key, Program]]:
                 out_shardings=(_placements(signature), signature.replicated))
 
 
+def propose_key(layout: SpeculateLayout) -> Key:
+    return ("propose", layout.num_rows)
+
+
+def verify_key(layout: SpeculateLayout) -> Key:
+    return ("verify", layout.num_rows)
+
+
+def _with_grammars(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    """A speculative round in two, between which the host asks the rows' grammars."""
+    if not signature.batcher.config.grammars:
+        return
+    pair: Any = signature.model
+    placed, everywhere, width = _placements(signature), signature.replicated, mask_width(pair.vocab_size)
+    for layout in reversed(signature.batcher.speculate):
+        inputs, propose = signature.host_array(layout.size), partial(speculative_step.propose_step, pair, layout)
+        yield propose_key(layout), Program(
+            f"propose {layout.num_rows} rows", propose, (signature.params, signature.state, inputs), donate=(1,),
+            out_shardings=(placed, everywhere))
+        _, drafted = jax.eval_shape(propose, signature.params, signature.state, inputs)
+        drafted = jax.tree.map(partial(placed_struct, everywhere), drafted)
+        masks = signature.host_array(layout.num_rows, layout.num_drafted + 1, width)
+        yield verify_key(layout), Program(
+            f"verify {layout.num_rows} rows by grammars", partial(speculative_step.verify_step, pair, layout),
+            (signature.params, signature.state, inputs, drafted, masks), donate=(1,),
+            out_shardings=(placed, everywhere))
+
+
+def placed_struct(sharding: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _after_prefill(signature: Signature) -> Iterator[tuple[Key, Program]]:
     unsampled, hidden = prefill_results(signature)
     yield SAMPLE, Program("sample after prefill", partial(steps.sample_step, signature.model),
                           (signature.params, signature.state.rows, unsampled), donate=(1,),
                           out_shardings=(_placements(signature).rows, signature.replicated))
-    masks = signature.host_array(unsampled.slots.shape[0], mask_width(signature.model.vocab_size))
-    yield SAMPLE_LEGAL, Program("sample by grammars", partial(steps.sample_step, signature.model),
-                                (signature.params, signature.state.rows, unsampled, masks), donate=(1,),
-                                out_shardings=(_placements(signature).rows, signature.replicated))
+    if signature.batcher.config.grammars:
+        masks = signature.host_array(unsampled.slots.shape[0], mask_width(signature.model.vocab_size))
+        yield SAMPLE_LEGAL, Program("sample by grammars", partial(steps.sample_step, signature.model),
+                                    (signature.params, signature.state.rows, unsampled, masks), donate=(1,),
+                                    out_shardings=(_placements(signature).rows, signature.replicated))
     start = signature.host_array()
     chunk = min(steps.SCORE_CHUNK, hidden.shape[0])
     yield SCORE, Program("score prompts", partial(steps.score_chunk, signature.model),
@@ -161,8 +194,7 @@ def prefill_results(signature: Signature) -> tuple[Any, Any]:
     layout = signature.batcher.prefill[-1]
     prefill = partial(prefill_function(signature), signature.model, layout)
     _, *results = jax.eval_shape(prefill, signature.params, signature.state, signature.host_array(layout.size))
-    unsampled, hidden = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=signature.replicated), results)
+    unsampled, hidden = jax.tree.map(partial(placed_struct, signature.replicated), results)
     return unsampled, hidden
 
 

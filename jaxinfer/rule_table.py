@@ -71,9 +71,12 @@ def apply(table: RuleTable, slots: jax.Array, logits: jax.Array, ahead: jax.Arra
 
 def apply_along(table: RuleTable, slots: jax.Array, logits: jax.Array, ahead: jax.Array) -> jax.Array:
     """Logits f32[R, X + 1, V], each position with the tokens `ahead` i32[R, X] of it said."""
+    def at(index):
+        one = jax.lax.dynamic_index_in_dim(logits, index, axis=1, keepdims=False)
+        return apply(table, slots, one, ahead, index)
+
     def changed():
-        each = [apply(table, slots, logits[:, index], ahead, jnp.int32(index)) for index in range(logits.shape[1])]
-        return jnp.stack(each, axis=1)
+        return jnp.moveaxis(jax.lax.map(at, jnp.arange(logits.shape[1], dtype=jnp.int32)), 0, 1)
 
     return jax.lax.cond(jnp.any(ruled_at(table, slots)), changed, lambda: logits)
 

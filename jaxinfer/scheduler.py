@@ -169,7 +169,7 @@ class Scheduler:
         self._plan_chunks(plan)
         if self._waiting and not plan.lacked_pages:
             self._admit(plan)
-        if plan.chunks or (plan.decodes and self._num_constrained):
+        if plan.chunks or (plan.decodes and self._num_constrained and not plan.drafts):
             return self._issue_prefill(plan)
         return self._issue_decode(plan) if plan.decodes else None
 
@@ -181,10 +181,9 @@ class Scheduler:
             rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
         if not rows:
             return
-        single = self._num_prefilling or self._num_constrained  # one token a row, in the form of a prefill step
-        if self.config.max_decode_rounds > 1 and not self._waiting and not single:
+        if not (self._waiting or self._num_prefilling or self._num_constrained):
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
-        if self._drafts and not single:
+        if self._drafts and not self._num_prefilling:
             self._drafts.choose(rows, plan.rounds, sampler_of(rows))
             plan.drafts = any(seq.num_drafted for seq in rows)
         short = short_of_pages(plan, rows)
@@ -293,7 +292,8 @@ class Scheduler:
         slots, starts, sampler = self._advance(rows, rounds, plan.drafts)
         drafted = tuple(seq.num_drafted for seq in rows) if plan.drafts else ()
         return StepPlan(self._fly(rows), StepKind.DECODE, rounds, sampler, tuple(slots), (ON_DEVICE,) * len(rows),
-                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=drafted)
+                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=drafted,
+                        constrained=self._num_constrained > 0)
 
     def _advance(self, rows: list[Sequence], rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
         return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)

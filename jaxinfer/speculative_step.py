@@ -17,7 +17,7 @@ from jaxinfer.drafter import Prefilled, Round, Wanted
 from jaxinfer.layout import PrefillLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
-from jaxinfer.sampling import SamplingRows
+from jaxinfer.sampling import SamplingRows, legal
 from jaxinfer.steps import DeviceState, Unsampled
 from jaxinfer.types import SamplerForm
 
@@ -65,22 +65,16 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
 def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
                     page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
     """A round that drafts, or where there are no proposals a plain one of the target."""
-    rows, slots = state.rows, fields.slots
-    left = rows.tokens_left.at[slots].get(mode="clip")
-    alive = row_state.alive(rows, slots, fields.present)
-    # Positions behind the row's last token have no pages.
-    count = jnp.where(alive, jnp.minimum(fields.num_drafted, left - 1), 0)
+    wanted = wanted_of(state.rows, fields)
 
     def plain(state):
         return plain_round(pair, form, params, state, fields, page_indices)
 
     def drafting(state):
-        wanted = Wanted(slots, alive, count, page_indices, row_state.sampling_of(state.rows, slots))
         return verifying_round(pair, form, params, *propose(pair, form, params, state, wanted), wanted)
 
     if not pair.drafter.may_decline:
-        return jax.lax.cond(jnp.any(count > 0), drafting, plain, state)
-    wanted = Wanted(slots, alive, count, page_indices, row_state.sampling_of(rows, slots))
+        return jax.lax.cond(jnp.any(wanted.count > 0), drafting, plain, state)
     state, drafted = propose(pair, form, params, state, wanted)
     return jax.lax.cond(
         jnp.any(drafted.count > 0),
@@ -104,15 +98,46 @@ def plain_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceS
     return observe(pair, params, after, state.rows, seen), padded
 
 
+def propose_step(pair: DraftPair, layout: SpeculateLayout, params: Pair, state: DeviceState, inputs: jax.Array
+                 ) -> tuple[DeviceState, Drafted]:
+    """The proposals of a round; the host asks its rows' grammars before `verify_step`. inputs: i32[layout.size]."""
+    fields = layout.unpack(inputs)
+    rows = row_state.append_pages(state.rows, fields.new_pages)
+    wanted = wanted_of(rows, fields)
+    state, drafted = propose(pair, SamplerForm.FULL, params, DeviceState(state.kv_pages, rows), wanted)
+    return state, drafted._replace(tokens=jnp.where(jnp.arange(drafted.tokens.shape[1]) < drafted.count[:, None],
+                                                    drafted.tokens, -1))
+
+
+def verify_step(pair: DraftPair, layout: SpeculateLayout, params: Pair, state: DeviceState, inputs: jax.Array,
+                drafted: Drafted, masks: jax.Array) -> tuple[DeviceState, jax.Array]:
+    """The rest of that round. inputs: those of `propose_step`. masks: i32[R, X + 1, mask_width(V)], before each
+    proposal and behind the last. Returns the state and the results i32[1, R, X + 1, result_width(FULL)].
+    """
+    wanted = wanted_of(state.rows, layout.unpack(inputs))
+    drafted = drafted._replace(tokens=jnp.maximum(drafted.tokens, 0))
+    state, result = verifying_round(pair, SamplerForm.FULL, params, state, drafted, wanted, masks)
+    return state, result[None]
+
+
+def wanted_of(rows: RowState, fields: SpeculateFields) -> Wanted:
+    slots = fields.slots
+    alive = row_state.alive(rows, slots, fields.present)
+    # Positions behind the row's last token have no pages.
+    left = rows.tokens_left.at[slots].get(mode="clip")
+    count = jnp.where(alive, jnp.minimum(fields.num_drafted, left - 1), 0)
+    return Wanted(slots, alive, count, rows.page_table.at[slots].get(mode="clip"), row_state.sampling_of(rows, slots))
+
+
 def verifying_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, drafted: Drafted,
-                    wanted: Wanted) -> tuple[DeviceState, jax.Array]:
-    """The proposals that the target keeps, and one token more."""
+                    wanted: Wanted, masks: jax.Array | None = None) -> tuple[DeviceState, jax.Array]:
+    """The proposals that the target keeps, and one token more. masks: of `verify_step`."""
     rows, slots, alive, sampling = state.rows, wanted.slots, wanted.alive, wanted.sampling
     logits, hidden, pages = verify(pair, params, state.kv_pages, rows, slots, alive, drafted, wanted.page_indices)
     positions = rows.kv_len.at[slots].get(mode="clip") + 1
-    ruled = logits
+    ruled = logits if masks is None else legal(logits, masks)
     if form is SamplerForm.FULL:
-        ruled = rule_table.apply_along(rows.rules, slots, logits, drafted.tokens)
+        ruled = rule_table.apply_along(rows.rules, slots, ruled, drafted.tokens)
     kept = until_stop(accept(ruled, drafted, sampling, positions, form), sampling)
     kept = Kept(jnp.where(alive[:, None], kept.tokens, -1), jnp.where(alive, kept.count, 0))
     scored = row_state.any_scored(rows, slots, alive)

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from jaxinfer import (
     compile_cache,
     draft_lengths,
+    grammar,
     implementations,
     kv_scales,
     loading,
@@ -107,7 +108,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
         plan = plan_memory(options, served, params, max_model_len)
         say(f"memory on each device:\n{plan.table()}")
         least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
-        config = engine_config(options, max_model_len, plan.num_pages, least)
+        config = replace(engine_config(options, max_model_len, plan.num_pages, least),
+                         grammars=grammar.are_possible(tokenizer))
         executor = Executor(served, params, config, replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()

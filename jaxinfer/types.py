@@ -202,7 +202,8 @@ class StepPlan:
     prompt_logprobs: rows are scored against their own next token; prefill steps only
     next_tokens: per row, the prompt token behind its chunk, -1 where the prompt ends; with prompt_logprobs only
     num_drafted: per row, proposals wanted in each round; () where no row drafts
-    constrained: the step samples only once the host has sent the masks of its rows' grammars; prefill steps only
+    constrained: the step samples only once the host has sent the masks of its rows' grammars; a prefill step, or a
+                decode step of one round with proposals
     cached:    (slot, first tokens of a row that begins) of rows whose pages come from the prefix cache in part, where
                the engine speculates: a drafter may want the tokens
     """

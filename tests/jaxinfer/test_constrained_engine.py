@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from json_schemas import schemas
 from jsonschema import Draft202012Validator
 
-from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput
+from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput, startup
+from jaxinfer.draft_lengths import DraftLengths
 
 PEOPLE = {
     "type": "object", "additionalProperties": False, "required": ["name", "age"],
@@ -22,13 +24,17 @@ NUMBER = r"[0-9]{3}-[0-9]{4}"
 
 @pytest.fixture(scope="module")
 def llms():
-    """With and without a draft model, each compiled once. Few pages, so that rows are preempted."""
+    """Alone and with drafters, each compiled once. Few pages, so that rows are preempted. As much is drafted as may be.
+    """
     made: list[LLM] = []
 
     @cache
-    def llm(draft_model: str | None) -> LLM:
-        made.append(LLM("demo-draft", draft_model=draft_model, dtype="float32", max_num_seqs=4, max_model_len=256,
-                        num_pages=20, max_num_batched_tokens=64, quiet=True))  # fmt: skip
+    def llm(speculation: str | None) -> LLM:
+        draft_model = "demo-draft" if speculation == "draft_model" else None
+        with mock.patch.object(startup, "measured_drafts", lambda executor, config, say: DraftLengths.of(config)):
+            made.append(LLM("demo-draft", draft_model=draft_model, speculation=speculation, dtype="float32",
+                            num_speculative_tokens=3, max_num_seqs=2, max_model_len=256, num_pages=16,
+                            max_num_batched_tokens=64, quiet=True))  # fmt: skip
         return made[-1]
 
     yield llm
@@ -36,7 +42,7 @@ def llms():
         one.close()
 
 
-@pytest.fixture(params=[None, "demo-draft"], ids=["alone", "with a draft model"])
+@pytest.fixture(params=[None, "draft_model"])
 def llm(request, llms) -> LLM:
     return llms(request.param)
 
@@ -65,10 +71,23 @@ def test_each_row_follows_its_own_grammar_and_others_are_not_touched(llm):
     assert llm.metrics()["compiles_after_ready"] == 0
 
 
+def test_drafting_changes_nothing(llms):
+    """Proposals are made for rows with a grammar too, illegal ones among them, and some are kept."""
+    kinds = [StructuredOutput(json=PEOPLE), StructuredOutput(regex=r"(ab|ba|0[0-9]){8,20}"), None]
+    params = [SamplingParams(temperature=temperature, seed=5, max_tokens=60, structured_outputs=kind, logprobs=1,
+                             presence_penalty=temperature / 2) for kind in kinds for temperature in (0.0, 0.8)]
+    drafting = llms("draft_model")
+    before = drafting.metrics()
+    assert answers(drafting, params) == answers(llms(None), params)
+    after = drafting.metrics()
+    made, kept = (after[name] - before[name] for name in ("draft_tokens", "accepted_tokens"))
+    assert 0 < kept < made
+
+
 def test_preempted_rows_and_samples_go_on_where_they_were(llm):
-    """Twelve rows of up to ten pages, where twenty are all there are."""
-    params = [SamplingParams(temperature=1.0, seed=index, max_tokens=120, n=3, logprobs=1,
-                             structured_outputs=StructuredOutput(regex=r"([0-9]{2},){20,40}")) for index in range(4)]
+    """Two rows of up to fourteen pages at once, where sixteen are all there are."""
+    params = [SamplingParams(temperature=1.0, seed=index, max_tokens=220, n=3, logprobs=1,
+                             structured_outputs=StructuredOutput(regex=r"([0-9]{2},){40,70}")) for index in range(4)]
     before = llm.metrics()["preemptions"]
     prompts = [f"x = [{index}, " for index in range(4)]
     found = llm.generate(prompts, params, use_tqdm=False)
@@ -77,7 +96,7 @@ def test_preempted_rows_and_samples_go_on_where_they_were(llm):
         assert len({sample.text for sample in one.outputs}) == 3
         for sample in one.outputs:
             assert sample.finish_reason in ("stop", "length")
-            assert re.fullmatch(r"([0-9]{2},){20,40}" if sample.finish_reason == "stop" else r"[0-9,]+", sample.text)
+            assert re.fullmatch(r"([0-9]{2},){40,70}" if sample.finish_reason == "stop" else r"[0-9,]+", sample.text)
             assert len(sample.logprobs) == len(sample.token_ids)
 
 

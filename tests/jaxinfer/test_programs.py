@@ -58,7 +58,7 @@ def test_no_weight_is_copied(executor, compiled):
 
 def test_few_programs_are_declared(executor):
     """The default buckets of a server, without a model: at most 25 programs, on a CPU."""
-    assert len(declare(executor.signature)) == 1 + 3 + 6
+    assert len(declare(executor.signature)) == 1 + 3 + 5
     server = EngineConfig(max_model_len=32_768, num_pages=10_000, max_num_seqs=256, max_num_batched_tokens=8192)
     assert len(server.token_buckets) + 3 * len(server.row_buckets) + 6 <= 25
 
