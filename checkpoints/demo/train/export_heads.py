@@ -1,6 +1,5 @@
 """The heads' folder: writing it and reading it back."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from safetensors.numpy import load_file, save
 from checkpoints.demo.train.config import HeadsConfig, ModelConfig
 from checkpoints.demo.train.export import write_json
 from checkpoints.demo.train.model import Params
-
-MODEL_TYPE = "sequential_medusa"
+from checkpoints.heads import MODEL_TYPE, fingerprint
 
 
 def settings(config: HeadsConfig, target: Params, target_config: ModelConfig, name: str) -> dict:
@@ -27,16 +25,8 @@ def settings(config: HeadsConfig, target: Params, target_config: ModelConfig, na
         "rms_norm_eps": target_config.norm_eps,
         "dtype": "bfloat16",
         "target": name,
-        "target_final_norm_sha256": fingerprint(target["norm"]),
+        "target_final_norm_sha256": fingerprint(np.asarray(target["norm"])),
     }
-
-
-def fingerprint(final_norm: jax.Array | np.ndarray) -> str:
-    """Return the SHA-256 of a target's final norm [D] in bfloat16, little-endian: it names a training run in 2 D bytes,
-    in whatever form and precision the rest of the weights is stored.
-    """
-    rounded = np.asarray(final_norm).astype(jnp.bfloat16)
-    return hashlib.sha256(rounded.view(np.uint16).astype("<u2").tobytes()).hexdigest()
 
 
 def tensors(params: Params) -> dict[str, np.ndarray]:
