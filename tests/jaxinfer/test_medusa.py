@@ -117,12 +117,12 @@ def real_executor(loaded, heads: bool) -> Executor:
 
 
 def answers(executor: Executor) -> dict[str, list[int]]:
-    """Answers to greedy requests and to those with a seed, together."""
+    """Answers to greedy requests and to those with a seed, together. Greedy ones end first: one sampler is compiled."""
     engine = new_engine(executor)
     for index in range(6):
         prompt = [3 + (7 * index + 5 * i) % 250 for i in range(4 + index)]
-        temperature, top_k = (0.0, 0) if index % 3 == 0 else (0.7, 40 * (index % 2))
-        engine.add(request(str(index), prompt, 30, given=index, temperature=temperature, top_k=top_k,
+        temperature, top_k, count = (0.0, 0, 15) if index % 3 == 0 else (0.7, 40 * (index % 2), 30)
+        engine.add(request(str(index), prompt, count, given=index, temperature=temperature, top_k=top_k,
                            arrival=float(index)))  # fmt: skip
     chunks = run(engine)
     metrics = engine.scheduler.metrics
