@@ -10,6 +10,8 @@ promise: their number over (time of such a round) / (time of a plain one), both 
 Prompt lookup: `LLM(speculation="ngram")`, one row. Copies: the answer is forced to be the prompt's document again,
 as it stands or with an edit every few tokens (the target computes what it computes; the demo's target does not copy).
 Own text: what the target itself says after a file's beginning that begins again; it soon goes in circles.
+
+Heads: `LLM(speculation="medusa")` with the shipped heads, one row, the prompts of the shipped pair.
 """
 
 import math
@@ -46,6 +48,7 @@ PREFIX = 200
 class Size:
     """rows, rounds: of the shipped pair, and pairs of runs for each. output: tokens a row. drafted: most proposals.
     forced: chances and numbers of proposals; forced_rounds: pairs of runs for each. copies, own_text: of prompt lookup.
+    heads: pairs of runs with them.
     """
 
     target: str
@@ -57,11 +60,12 @@ class Size:
     forced_rounds: int
     copies: int
     own_text: int
+    heads: int
 
 
 FULL = Size("demo", (1, 4, 16, 64), (9, 9, 9, 21), 128, 4,
-            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21)  # fmt: skip
-QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0)  # equal engines compile once
+            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21, 21)  # fmt: skip
+QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0, 0)  # equal engines compile once
 
 
 def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = "draft_model") -> LLM:
@@ -212,7 +216,8 @@ def copying(size: Size, plain: LLM) -> list[Result]:
     prompts = {"copies": text[:DOCUMENT], f"copies with an edit every {EVERY} tokens": text[:2 * DOCUMENT]}
     with saying(text), new_llm(size, 1, size.drafted, "ngram") as looking:
         return [one for name, prompt in prompts.items()
-                for one in looked_up(name, size.copies, plain, looking, [prompt], size.output, (1.5, 2.5))]
+                for one in beside_plain(f"{name}: prompt lookup", size.copies, plain, looking, [prompt], size.output,
+                                        (1.5, 2.5))]  # fmt: skip
 
 
 def own_text(size: Size, plain: LLM) -> list[Result]:
@@ -220,24 +225,30 @@ def own_text(size: Size, plain: LLM) -> list[Result]:
     if not size.own_text:
         return []
     with new_llm(size, 1, size.drafted, "ngram") as looking:
-        return looked_up("own text", size.own_text, plain, looking, prompts, size.output, (None, None))
+        return beside_plain("own text: prompt lookup", size.own_text, plain, looking, prompts, size.output)
+
+
+def heads(size: Size, plain: LLM) -> list[Result]:
+    if not size.heads:
+        return []
+    with new_llm(size, 1, size.drafted, "medusa") as drafting:
+        return beside_plain("beginnings: heads", size.heads, plain, drafting, beginnings(), size.output)
 
 
 def whole_files() -> list[str]:
     return [text for text in beginnings(4 * PREFIX) if len(text) == 4 * PREFIX]
 
 
-def looked_up(name: str, rounds: int, plain: LLM, looking: LLM, prompts: list, output: int,
-              limits: tuple[float | None, float | None]) -> list[Result]:
-    """limits: floor and goal of the ratio."""
-    sides = {"plain": Side(plain, output, prompts), "looking": Side(looking, output, prompts)}
+def beside_plain(name: str, rounds: int, plain: LLM, drafting: LLM, prompts: list, output: int,
+                 limits: tuple[float | None, float | None] = (None, None)) -> list[Result]:  # fmt: skip
+    """One row in turns with plain decoding. limits: floor and goal of the ratio."""
+    sides = {"plain": Side(plain, output, prompts), "drafting": Side(drafting, output, prompts)}
     for side in sides.values():
         side.tokens_a_second(1)
-    before = looking.metrics()
+    before = drafting.metrics()
     rates = interleaved(rounds, {name: lambda side=side: side.tokens_a_second(1) for name, side in sides.items()})
-    ratio = Result(f"{name}: prompt lookup / plain", median_ratio(rates["looking"], rates["plain"]), "x", *limits,
-                   "higher")  # fmt: skip
-    return [ratio, *accepted(name, before, looking.metrics())]
+    ratio = Result(f"{name} / plain", median_ratio(rates["drafting"], rates["plain"]), "x", *limits, "higher")
+    return [ratio, *accepted(name, before, drafting.metrics())]
 
 
 def main() -> int:
@@ -245,7 +256,7 @@ def main() -> int:
     results = shipped(size)
     with new_llm(size, 1) as llm:
         plain = Side(llm, size.output)
-        results += copying(size, llm) + own_text(size, llm)
+        results += copying(size, llm) + own_text(size, llm) + heads(size, llm)
         for chance, num_drafted in size.forced:
             results += efficiency(size, plain, chance, num_drafted)
     efficiencies = [result.value for result in results if result.name.endswith("efficiency") and result.value]

@@ -1,6 +1,7 @@
 """A model folder to placed parameters. The only importer of `checkpoints`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec, Sharding
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 import checkpoints
 import checkpoints.convert
-from checkpoints import config_reader, orbax_store, placement, rules, tensors
+from checkpoints import config_reader, heads, orbax_store, placement, rules, tensors
 from checkpoints.errors import CheckpointError
 from checkpoints.families import FAMILIES
 from checkpoints.safetensors_reader import open_safetensors
@@ -23,6 +24,7 @@ from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.errors import InvalidConfig, ModelFormatError
 from jaxinfer.kv_scales import KVRanges
 from jaxinfer.linear import QuantizedWeight
+from jaxinfer.models.medusa import HeadsConfig, head_specs
 from jaxinfer.params import (
     LayerLoop,
     Params,
@@ -38,11 +40,21 @@ from jaxinfer.params import (
 )
 from jaxinfer.quantization import WEIGHT_FORMATS, quantized, spec_of
 from jaxinfer.stacking import stacked
+from jaxinfer.stored_weights import assemble, evenly_cut
 
-DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft"}
+DEMO_FOLDERS = {"demo": "target", "demo-draft": "draft", "demo-medusa": "medusa"}
 KV_RANGE_PATHS = ("kv_ranges/keys", "kv_ranges/values")
 PROGRESS_AFTER_SECONDS = 2.0
 MISFIT_HINT = "download the model again, or take the config.json that belongs to it"
+
+
+@contextmanager
+def format_errors() -> Iterator[None]:
+    """Errors of `checkpoints` as ModelFormatErrors."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ModelFormatError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ def load_model(
     """
     folder = model_folder(model)
     kv_ranges = None
-    try:
+    with format_errors():
         raw = config_reader.read_config(folder)
         config = model_config(raw)
         layer_loop = layer_loop or default_layer_loop(mesh)
@@ -94,8 +106,6 @@ def load_model(
         else:
             lazy = rules.map_tensors(open_safetensors(folder), FAMILIES[config.family], raw, folder)
             params = place_params(lazy, config, folder, dtype, mesh, layer_loop, WEIGHT_FORMATS[quantization])
-    except CheckpointError as error:
-        raise ModelFormatError(str(error)) from error
     return LoadedModel(config, params, folder, quantization, kv_ranges)
 
 
@@ -104,10 +114,8 @@ def served_quantization(folder: Path, wanted: str | None) -> str | None:
 
     Raises InvalidConfig, and ModelFormatError for a folder that cannot be read or a name that is not known here.
     """
-    try:
+    with format_errors():
         stored = orbax_store.stored_quantization(folder) if orbax_store.is_store(folder) else None
-    except CheckpointError as error:
-        raise ModelFormatError(str(error)) from error
     if stored not in WEIGHT_FORMATS:
         raise ModelFormatError(f"{folder}: quantization {stored!r} is not known; convert the model again")
     if stored is not None and wanted not in (None, stored):
@@ -135,20 +143,16 @@ def write(
     extra: dict[str, np.ndarray] = {}
     if kv_ranges is not None:
         extra.update(zip(KV_RANGE_PATHS, kv_ranges, strict=True))
-    try:
+    with format_errors():
         checkpoints.convert.convert(
             folder, target, dtype=dtype, quantization=quantization, quantize=quantize, extra=extra
         )
-    except CheckpointError as error:
-        raise ModelFormatError(str(error)) from error
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The config.json of a folder. Raises ModelFormatError."""
-    try:
+    with format_errors():
         return model_config(config_reader.read_config(folder))
-    except CheckpointError as error:
-        raise ModelFormatError(str(error)) from error
 
 
 def stored_dtype(folder: Path) -> str | None:
@@ -156,10 +160,8 @@ def stored_dtype(folder: Path) -> str | None:
 
     Raises ModelFormatError.
     """
-    try:
+    with format_errors():
         config = config_reader.read_raw_config(folder)
-    except CheckpointError as error:
-        raise ModelFormatError(str(error)) from error
     name = config.get("dtype") or config.get("torch_dtype")
     return name if isinstance(name, str) else None
 
@@ -170,7 +172,7 @@ def dtype_of(folder: Path) -> str:
 
 
 def model_folder(model: str | Path) -> Path:
-    """The folder of a model; "demo" and "demo-draft" are the shipped ones. Raises ModelFormatError when it is not
+    """The folder of a model, or of heads; those in DEMO_FOLDERS are shipped. Raises ModelFormatError when it is not
     there.
     """
     if str(model) in DEMO_FOLDERS:
@@ -185,6 +187,28 @@ def model_folder(model: str | Path) -> Path:
 def model_config(raw: dict[str, Any]) -> ModelConfig:
     """ModelConfig from the plain dictionary of `checkpoints.config_reader`."""
     return ModelConfig(**{**raw, "rope": RopeConfig(**raw["rope"])})
+
+
+def read_heads_config(folder: Path) -> HeadsConfig:
+    """The config.json of heads. Raises ModelFormatError."""
+    with format_errors():
+        return HeadsConfig(**heads.read_heads_config(folder))
+
+
+def load_heads(folder: Path, config: HeadsConfig, *, dtype: Any, mesh: Mesh | None) -> Params:
+    """The parameters of heads (`models.medusa.head_specs`), whole on every device. Raises ModelFormatError."""
+    specs = head_specs(config, dtype)
+    paths = dict(flatten_specs(specs))
+    with format_errors():
+        lazy = heads.open_heads(folder)
+        check_tensors(lazy, paths, folder, lambda path: rules.Origin(heads.name_of(path), len(paths[path].shape) == 2))
+        leaves = [place_weight([lazy[path]], spec, mesh) for path, spec in paths.items()]
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
+
+
+def target_fingerprint(params: Params) -> str:
+    """What a target's parameters have to give for heads that name it (`HeadsConfig.target_fingerprint`)."""
+    return heads.fingerprint(np.asarray(params["final_norm"]))
 
 
 def place_params(
@@ -362,28 +386,6 @@ def restore_kv_ranges(folder: Path, config: ModelConfig) -> KVRanges | None:
     spec = ParamSpec((config.num_layers, config.num_kv_heads), jnp.float32, (None, None))
     found = restore(folder, dict.fromkeys(KV_RANGE_PATHS, spec), None)
     return KVRanges(*(np.asarray(found[path]) for path in KV_RANGE_PATHS))
-
-
-def evenly_cut(spec: ParamSpec, mesh: Mesh | None) -> Sharding:
-    """The sharding of a stored weight: as when it is used where the sizes divide, else whole."""
-    shards = sharding.tensor_parallel_size(mesh)
-    cut = sharding.partition_spec(spec.axes)
-    if any(axis is not None and size % shards for axis, size in zip(cut, spec.shape, strict=True)):
-        cut = PartitionSpec()
-    return sharding.sharding(mesh, cut)
-
-
-def assemble(parts: list[jax.Array], source: ParamSpec, target: ParamSpec, head_dim: int, place: Sharding) -> jax.Array:
-    """One weight of the target from one stored weight, or from one a layer."""
-    if parts[0].shape == target.shape:
-        return jax.device_put(parts[0], place)
-    shape = target.shape[-len(source.shape) :]
-
-    def build(parts: list[jax.Array]) -> jax.Array:
-        fits = [fit(part, source, head_dim, shape) for part in parts]
-        return jnp.stack(fits) if len(target.shape) > len(shape) else fits[0]
-
-    return jax.jit(build, out_shardings=place)(parts)
 
 
 def random_params(

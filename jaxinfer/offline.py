@@ -50,10 +50,12 @@ class LLM:
       gpu_memory_utilization: share of the accelerator's memory to use for weights, temporaries and pages.
       tensor_parallel_size: devices the model is cut over.
       speculation: what proposes tokens: "ngram" (what followed the last time a request's newest tokens stood in its
-        prompt or output) or "draft_model"; None is the latter where there is a draft_model.
-      draft_model: a smaller model of the same vocabulary that proposes tokens, or "demo-draft" for the shipped one. The
-        target's distribution stays what it is, and so does, up to rounding, the output of greedy requests and of those
-        with a seed. None: see speculation.
+        prompt or output), "medusa" (heads on the model's own last hidden state) or "draft_model"; None is the latter
+        where there is a draft_model.
+      draft_model: a smaller model of the same vocabulary that proposes tokens, or "demo-draft" for the shipped one;
+        with "medusa" the folder of the heads, by default the shipped ones of the model "demo". The target's
+        distribution stays what it is, and so does, up to rounding, the output of greedy requests and of those with a
+        seed. None: see speculation.
       num_speculative_tokens: most tokens that are proposed in a round.
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.

@@ -17,7 +17,9 @@ OPTIONAL_SIZES = ("max_model_len", "num_pages")
 OPTIONAL_TEXTS = ("tokenizer", "draft_model", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
-SPECULATIONS = ("draft_model", "ngram")
+SPECULATIONS = ("draft_model", "ngram", "medusa")
+DEMO_HEADS = {"demo": "demo-medusa"}
+"""Heads that are shipped for a model."""
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float32", "int8", "fp8")
 
 
@@ -54,6 +56,11 @@ class Options:
         """One of SPECULATIONS; None does not speculate."""
         return self.speculation or ("draft_model" if self.draft_model else None)
 
+    @property
+    def heads(self) -> str:
+        """The folder of the heads with `speculation="medusa"`, or their name."""
+        return self.draft_model or DEMO_HEADS.get(self.model, "")
+
     def validate(self) -> None:
         """Raises InvalidConfig naming the field, its value and what it must be."""
         for name in SIZES:
@@ -89,7 +96,9 @@ class Options:
                                 "speculates where there is a draft_model")
         if self.speculation == "draft_model" and self.draft_model is None:
             raise InvalidConfig("speculation", "'draft_model' needs draft_model, a model of the same vocabulary")
-        if self.speculation not in (None, "draft_model") and self.draft_model is not None:
+        if self.speculation == "medusa" and not self.heads:
+            raise InvalidConfig("speculation", f"'medusa' needs draft_model, a folder with heads for {self.model}")
+        if self.speculation == "ngram" and self.draft_model is not None:
             raise InvalidConfig("speculation", f"{self.speculation!r} has no use for draft_model={self.draft_model!r}; "
                                 "leave one of the two out")
 

@@ -34,7 +34,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.draft_pair import DraftPair
-from jaxinfer.drafting import check_draft_model, with_drafter
+from jaxinfer.drafting import check_drafter, with_drafter
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.errors import InvalidConfig, ModelFormatError
@@ -94,7 +94,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     defaults = GenerationDefaults.from_folder(folder)
     model, chosen = choose_implementations(options, folder, dtype, mesh)
     max_model_len = choose_max_model_len(options, loading.read_config(folder).max_position_embeddings)
-    check_draft_model(options, folder, max_model_len, dtype, mesh)
+    check_drafter(options, folder, max_model_len, dtype, mesh)
     loaded = loading.load_model(options.model, dtype=dtype, mesh=mesh, quantization=options.quantization)
     tokenizer, template = read_text_files(options, folder)
     loaded_at = time.monotonic()

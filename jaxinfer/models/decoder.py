@@ -99,6 +99,15 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, mesh: Mesh
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(used, hidden)
 
 
+def embeddings(params: Params, config: ModelConfig, tokens: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
+    """Rows [R, D] of the embedding for tokens i32[R], whole on every device."""
+    if mesh is None:
+        return embed(params["embed"], tokens, None)
+    table, whole = partition_specs(params, config, mesh)["embed"], PartitionSpec()
+    body = partial(embed, axis=sharding.TENSOR)
+    return jax.shard_map(body, mesh=mesh, in_specs=(table, whole), out_specs=whole)(params["embed"], tokens)
+
+
 def local_forward(
     params: Params, tokens, positions, kv_pages, rows, *, config, max_q_len, implementation, axis
 ) -> tuple[jax.Array, jax.Array]:

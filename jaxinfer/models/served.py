@@ -56,6 +56,10 @@ class Decoder:
         """See `decoder.logits`."""
         return decoder.logits(params, self.config, hidden, mesh=self.mesh)
 
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """See `decoder.embeddings`."""
+        return decoder.embeddings(params, self.config, tokens, mesh=self.mesh)
+
 
 def make_decoder(
     config: ModelConfig,

@@ -17,9 +17,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from checkpoints import demo
-from checkpoints.demo.train import bpe, export
+from checkpoints.demo.train import bpe, export, export_heads
 from checkpoints.demo.train.corpus import Module
 from checkpoints.demo.train.evaluate import agreement, evaluate
+from checkpoints.demo.train.evaluate_heads import agreement as heads_agreement
+from checkpoints.demo.train.evaluate_heads import evaluate_heads
 from checkpoints.demo.train.model import count
 
 NAMES = ("target", "draft")
@@ -214,16 +216,56 @@ def test_recorded_figures():
     assert target["bits_per_byte"] < draft["bits_per_byte"] < 2.0
 
 
-def test_recorded_agreement_is_found_again():
-    recorded = read_json("draft", "training.json")["held_out"]["by_module"]
+def unchanged_module(recorded: dict) -> tuple[str, str, dict]:
+    """The smallest held-out module that this Python still has: its name, its text and what was recorded of it."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name, found in sorted(recorded.items(), key=lambda item: item[1]["positions"]):
         file = root / name
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if found["positions"] > 500 and hashlib.sha256(text.encode()).hexdigest() == found["sha256"]:
-            break
-    else:
-        pytest.skip("this Python's standard library has none of the held-out modules unchanged")
+            return name, text, found
+    pytest.skip("this Python's standard library has none of the held-out modules unchanged")
+
+
+def test_recorded_agreement_is_found_again():
+    name, text, found = unchanged_module(read_json("draft", "training.json")["held_out"]["by_module"])
     streams = [bpe.encode(tokenizer(), [Module(name, text)])]
     target, draft = (evaluate(*export.read(demo.path(model)), streams) for model in NAMES)
     assert agreement(target, draft) == pytest.approx(found["agreement"], abs=0.01)
+
+
+# The heads.
+
+
+def test_heads_fit_in_3_megabytes_and_belong_to_the_target():
+    folder = demo.path("medusa")
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "training.json"}
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3e6
+    config, target = read_json("medusa", "config.json"), read_json("target", "config.json")
+    for key in ("hidden_size", "vocab_size", "rms_norm_eps"):
+        assert config[key] == target[key]
+    norm = load_file(demo.path("target") / "model.safetensors")["model.norm.weight"]
+    assert config["target_final_norm_sha256"] == hashlib.sha256(norm.tobytes()).hexdigest()
+
+
+def test_tensors_of_the_heads_match_their_config():
+    config, width = read_json("medusa", "config.json"), 256
+    head = {"state_norm.weight": [width], "token_norm.weight": [width], "input.weight": [width, 2 * width]}
+    for index in range(config["num_blocks"]):
+        head |= {f"blocks.{index}.weight": [width, width], f"blocks.{index}.bias": [width]}
+    with safe_open(demo.path("medusa") / "model.safetensors", framework="numpy") as stored:
+        slices = {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118 - not a mapping
+        assert {key: part.get_shape() for key, part in slices.items()} == {
+            f"heads.{index}.{name}": shape for index in range(config["num_heads"]) for name, shape in head.items()
+        }
+        assert {part.get_dtype() for part in slices.values()} == {"BF16"}
+
+
+def test_recorded_agreement_of_the_heads_is_found_again():
+    record = read_json("medusa", "training.json")
+    heads = export_heads.read(demo.path("medusa"))
+    assert record["parameters"] == count(heads)
+    assert all(share > 0.4 for share in record["held_out"]["agreement"])
+    name, text, found = unchanged_module(record["held_out"]["by_module"])
+    scores = evaluate_heads(heads, *export.read(demo.path("target")), [bpe.encode(tokenizer(), [Module(name, text)])])
+    np.testing.assert_allclose(heads_agreement(scores), found["agreement"], atol=0.01)

@@ -1,4 +1,4 @@
-"""Train the tokenizer, the target and the draft, write both checkpoints, and measure what was written."""
+"""Train the tokenizer, the target and the draft, or the heads of a target; write and measure what was trained."""
 
 import argparse
 from pathlib import Path
@@ -12,6 +12,7 @@ from checkpoints.demo.train.corpus import Corpus, Module
 from checkpoints.demo.train.evaluate import evaluate
 from checkpoints.demo.train.loop import Trained, train
 from checkpoints.demo.train.losses import cross_entropy, distillation
+from checkpoints.demo.train.medusa import make_heads
 from checkpoints.demo.train.model import init
 from checkpoints.demo.train.sample import samples
 
@@ -22,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder that receives target/ and draft/")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints to resume from")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps, for a short trial")
+    parser.add_argument("--medusa", action="store_true", help="train heads for OUT/target into OUT/medusa instead")
     return parser.parse_args()
 
 
@@ -62,6 +64,9 @@ def main() -> None:
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
     modules = corpus.load()
+    if options.medusa:
+        make_heads(options.out, options.work, modules, options.steps_scale)
+        return
     tokenizer = learn_tokenizer(options.work, modules.train)
     stream = bpe.encode(tokenizer, modules.train)
     print(f"{len(modules.train)} modules, {len(stream):,} tokens", flush=True)

@@ -1,4 +1,4 @@
-"""The shapes of the two models and the settings of their training."""
+"""The shapes of the two models and of the heads, and the settings of their training."""
 
 from typing import NamedTuple
 
@@ -18,6 +18,13 @@ class ModelConfig(NamedTuple):
     vocabulary: int = VOCABULARY
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+
+
+class HeadsConfig(NamedTuple):
+    """The shape of the heads; `blocks` are the residual blocks of each."""
+
+    heads: int
+    blocks: int
 
 
 class TrainConfig(NamedTuple):
@@ -41,3 +48,5 @@ TARGET = ModelConfig(hidden=256, layers=5, heads=8, kv_heads=2, intermediate=640
 DRAFT = ModelConfig(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512)
 TARGET_TRAINING = TrainConfig(steps=1100, batch=8, seed=1)
 DRAFT_TRAINING = TrainConfig(steps=1000, batch=8, seed=2)
+HEADS = HeadsConfig(heads=4, blocks=2)
+HEADS_TRAINING = TrainConfig(steps=1600, batch=2, seed=3, matrix_rate=0.03)

@@ -1,4 +1,4 @@
-"""What the two models minimise, in nats per token."""
+"""What the two models and the heads minimise, in nats per token."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from checkpoints.demo.train.config import ModelConfig
-from checkpoints.demo.train.model import Params, forward
+from checkpoints.demo.train.heads import predictions
+from checkpoints.demo.train.model import Params, forward, hidden_states, unembed
 
 Loss = Callable[[Params, jax.Array], jax.Array]
 
@@ -27,8 +28,29 @@ def distillation(config: ModelConfig, teacher: Params, teacher_config: ModelConf
 
     def loss(params: Params, windows: jax.Array) -> jax.Array:
         inputs = windows[:, :-1]
-        expected = jax.nn.log_softmax(jax.lax.stop_gradient(forward(teacher, inputs, teacher_config)))
-        found = jax.nn.log_softmax(forward(params, inputs, config))
-        return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1))
+        expected = jax.lax.stop_gradient(forward(teacher, inputs, teacher_config))
+        return divergence(expected, forward(params, inputs, config))
 
     return loss
+
+
+def foresight(target: Params, config: ModelConfig) -> Loss:
+    """Return the loss of heads on a frozen target: the mean over the heads of KL(target || head), where the target
+    sees all tokens before the predicted one, and head i its state i + 1 tokens earlier and the tokens since.
+    """
+
+    def loss(heads: Params, windows: jax.Array) -> jax.Array:
+        states = jax.lax.stop_gradient(hidden_states(target, windows, config))
+        expected = unembed(target, states, config)
+        found = list(predictions(heads, target, config, states, windows))
+        count = found[0].shape[1]
+        parts = [divergence(expected[:, i + 1 : i + 1 + count], each) for i, each in enumerate(found)]
+        return sum(parts, jnp.zeros(())) / len(parts)
+
+    return loss
+
+
+def divergence(expected: jax.Array, found: jax.Array) -> jax.Array:
+    """Return the mean KL between the distributions of two sets of logits [..., V]."""
+    wanted = jax.nn.log_softmax(expected)
+    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(found)), axis=-1))

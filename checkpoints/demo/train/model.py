@@ -128,11 +128,21 @@ def swiglu(layer: Params, x: jax.Array, multiply: Multiply) -> jax.Array:
     return multiply(gated, layer["down_proj"])
 
 
-def forward(params: Params, tokens: jax.Array, config: ModelConfig, multiply: Multiply = dense) -> jax.Array:
-    """Return the logits [B, T, V] of `tokens` [B, T]; `multiply` is `jnp.matmul` for float32 all the way."""
+def hidden_states(params: Params, tokens: jax.Array, config: ModelConfig, multiply: Multiply = dense) -> jax.Array:
+    """Return the last layer's states [B, T, D] of `tokens` [B, T], before the final norm."""
     eps = config.norm_eps
     x = params["embed_tokens"][tokens]
     for layer in params["layers"]:
         x = x + attention(layer, rms_norm(x, layer["input_layernorm"], eps), config, multiply)
         x = x + swiglu(layer, rms_norm(x, layer["post_attention_layernorm"], eps), multiply)
-    return multiply(rms_norm(x, params["norm"], eps), params["embed_tokens"].T)
+    return x
+
+
+def unembed(params: Params, states: jax.Array, config: ModelConfig, multiply: Multiply = dense) -> jax.Array:
+    """Return the logits [..., V] of states [..., D]: the final norm, then the embedding turned."""
+    return multiply(rms_norm(states, params["norm"], config.norm_eps), params["embed_tokens"].T)
+
+
+def forward(params: Params, tokens: jax.Array, config: ModelConfig, multiply: Multiply = dense) -> jax.Array:
+    """Return the logits [B, T, V] of `tokens` [B, T]; `multiply` is `jnp.matmul` for float32 all the way."""
+    return unembed(params, hidden_states(params, tokens, config, multiply), config, multiply)

@@ -20,10 +20,13 @@ class State(NamedTuple):
 
 
 def matrices_only(params: Params) -> Any:
-    """Mark for Muon the matrices inside the layers; embeddings and norms are left to Adam."""
-    muon, adam = optax.contrib.MuonDimensionNumbers(), None
-    layers = [{name: muon if name.endswith("_proj") else adam for name in layer} for layer in params["layers"]]
-    return {"embed_tokens": adam, "layers": layers, "norm": adam}
+    """Mark for Muon the matrices inside layers and heads; embeddings, norms and biases are left to Adam."""
+
+    def mark(keys: tuple[Any, ...], _: jax.Array) -> Any:
+        name = jax.tree_util.keystr(keys[-1:], simple=True)
+        return optax.contrib.MuonDimensionNumbers() if name.endswith("_proj") else None
+
+    return jax.tree.map_with_path(mark, params)
 
 
 def optimiser(config: TrainConfig, params: Params) -> optax.GradientTransformation:
