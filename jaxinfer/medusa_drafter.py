@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxinfer import sharding
+from jaxinfer import rule_table, sharding
 from jaxinfer.acceptance import Drafted, draft_rows
 from jaxinfer.drafter import Drafter, Prefilled, Round, Wanted
 from jaxinfer.model import Model
@@ -101,6 +101,8 @@ class MedusaDrafter(Drafter):
             hidden, last, tokens, seen = carry
             hidden = jax.lax.switch(index, heads, hidden, last).astype(self.dtype)
             logits = self.target.logits(params.target, hidden)
+            if form is SamplerForm.FULL:
+                logits = rule_table.apply(rows.rules, slots, logits, tokens, index)
             drawn = sample(logits, sampling, kv_len + 1 + index, form)
             seen = seen if seen is None else seen.at[:, index].set(logits)
             return hidden, drawn, tokens.at[:, index].set(drawn), seen

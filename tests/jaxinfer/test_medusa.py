@@ -170,7 +170,7 @@ def test_proposals_are_those_of_the_reference(form, shards):
     random, place = np.random.default_rng(0), sharding.sharding(mesh, jax.sharding.PartitionSpec())
     slots, last = np.array([2, 0, 3]), np.array([11, 500, 7], np.int32)
     hidden = (3 * random.standard_normal((5, 256))).astype(np.float32)
-    rows = row_state.empty(4, 4, place)
+    rows = row_state.empty(4, 4, 4096, place)
     keys = jnp.asarray(random.integers(0, 2**32, (5, 2)), jnp.uint32)
     sampled = rows.sampling._replace(key=keys, temperature=jnp.full(5, 1.0), top_p=jnp.full(5, 1.0))
     rows = replace(rows, last_token=jnp.zeros(5, jnp.int32).at[slots].set(last), sampling=sampled)
