@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_schemas import schemas
+from benchmarks.json_schemas import schemas
 from jsonschema import Draft202012Validator
 
 from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput

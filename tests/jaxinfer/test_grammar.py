@@ -10,7 +10,7 @@ import pytest
 from grammar_walks import legal, walk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from json_schemas import UNSUPPORTED, schemas
+from benchmarks.json_schemas import UNSUPPORTED, schemas
 
 import checkpoints.demo
 from jaxinfer.errors import GrammarFailed, InvalidRequest, status_of
