@@ -1,12 +1,13 @@
 """Does constrained output keep its word on any schema, and do its masks hide behind the device's work?
 
 1,000 JSON schemas at random (`json_schemas`), one request each, at temperature 1 on the demo model, 64 rows at once.
-Each ends in one of four ways: JSON that an independent validator accepts, a refusal that names the field, an output that
-max_tokens cut (the tokens so far are then checked to be a legal beginning), or an invalid one, of which there may be none.
+Each ends in one of four ways: JSON that an independent validator accepts, a refusal that names the field, an output
+that max_tokens cut (the tokens so far are then checked to be a legal beginning), or an invalid one, of which there may
+be none.
 
-While the device computes a step's hidden states, the host makes the masks of its rows. Both begin when the tokens of the
-step before have been read; masks that take no longer than the hidden states cost no time. Counted are the steps that
-are nearly full of rows with a grammar.
+While the device computes a step's hidden states, the host makes the masks of its rows. Both begin when the tokens of
+the step before have been read; masks that take no longer than the hidden states cost no time. Counted are the steps
+that are nearly full of rows with a grammar.
 """
 
 import json

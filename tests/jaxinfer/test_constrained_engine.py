@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from benchmarks.json_schemas import schemas
 from jsonschema import Draft202012Validator
 
+from benchmarks.json_schemas import schemas
 from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput
 
 PEOPLE = {

@@ -263,7 +263,8 @@ def test_a_slot_forgets_the_rules_of_the_row_before(executor):
     batches = []
     for number in range(6):
         rules = TokenRules(allowed=(number,)) if number % 2 else None
-        batches.append([replace(request(str(number), range(8), 6, temperature=0.0, arrival=float(number)), rules=rules)])
+        one = request(str(number), range(8), 6, temperature=0.0, arrival=float(number))
+        batches.append([replace(one, rules=rules)])
     found = run(executor("none"), None, batches)
     for (one,) in batches:
         assert found.outputs[one.id].outputs[0].token_ids == wanted(one)
