@@ -52,7 +52,7 @@ class Size:
     options: dict[str, Any]
 
 
-FULL = Size(1000, 256, {"model": "demo", "max_num_seqs": 64, "max_model_len": 512, "max_num_batched_tokens": 256})
+FULL = Size(1000, 1024, {"model": "demo", "max_num_seqs": 64, "max_model_len": 1088, "max_num_batched_tokens": 256})
 QUICK = Size(24, 48, {"model": "demo-draft", "max_num_seqs": 8, "max_model_len": 128, "max_num_batched_tokens": 32})
 
 
@@ -61,7 +61,7 @@ def drawn(count: int) -> list[Schema]:
     found: list[Schema] = []
 
     @settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(schemas())
     def note(schema: Schema) -> None:
         found.append(schema)

@@ -132,8 +132,9 @@ def _structured(args: argparse.Namespace) -> dict[str, Any]:
     from jaxinfer.types import StructuredOutput
 
     names = {"json_schema": "json"}
-    chosen = {names.get(name, name): _read(value) if metavar == "FILE" else value
-              for name, metavar, _ in STRUCTURED_OPTIONS if (value := getattr(args, name)) is not None}
+    values = ((name, metavar, getattr(args, name)) for name, metavar, _ in STRUCTURED_OPTIONS)
+    chosen: dict[str, Any] = {names.get(name, name): _read(value) if metavar == "FILE" else value
+                              for name, metavar, value in values if value is not None}
     return {"structured_outputs": checked(StructuredOutput(**chosen))} if chosen else {}
 
 

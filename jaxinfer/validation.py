@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams, StructuredOutput
 
 MAX_SAMPLES = 16
 MAX_STOPS = 16
@@ -70,6 +70,9 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
     _check_stop_strings(params, limits)
     _check_stop_ids(params, limits)
     _check_token_rules(params, limits)
+    if not isinstance(params.structured_outputs, StructuredOutput | None):  # `structured_output.checked` does the rest
+        raise InvalidRequest("structured_outputs", f"must be StructuredOutput, got {shown(params.structured_outputs)}; "
+                             "make it with StructuredOutput(json=...)")
     for name in ("logprobs", "prompt_logprobs"):
         _optional_int(name, getattr(params, name), 0, MAX_LOGPROBS)
 

@@ -298,12 +298,12 @@ def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
 def structured_output_message(wanted: Structured | StructuredOutput) -> pb.StructuredOutput:
     """The wire's form. Raises TypeError on an unknown field or a wrong type, ValueError where two kinds are given.
     """
-    fields = asdict(wanted) if isinstance(wanted, StructuredOutput) else dict(wanted)
+    fields: dict[str, Any] = asdict(wanted) if isinstance(wanted, StructuredOutput) else {**wanted}
     known = Structured.__annotations__
     if unknown := fields.keys() - known.keys():
         raise TypeError(f"structured_outputs has unknown fields {', '.join(sorted(unknown))}; there are "
                         f"{', '.join(known)}")
-    set_ = {name: value for name, value in fields.items() if value is not None and value is not False}
+    set_: dict[str, Any] = {name: value for name, value in fields.items() if value is not None and value is not False}
     kinds = [name for name in STRUCTURED_KINDS if name in set_]
     if len(kinds) > 1:  # a message holds one: the others would be lost
         raise ValueError(f"structured_outputs must set exactly one of {', '.join(STRUCTURED_KINDS)}, got "

@@ -73,6 +73,7 @@ REFUSED = {
     "allowed_token_ids": [[], [100], [-1], [1.5], 5, "5"],
     "banned_token_ids": [[], [100], [True], {1}],
     "bad_words": [["a"] * 33, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
+    "structured_outputs": [[], {"json": {}}, "[0-9]+", 0, False],
 }
 
 
