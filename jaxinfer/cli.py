@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jaxinfer
 from jaxinfer import shadowing
 from jaxinfer.errors import InvalidRequest, JaxInferError
-from jaxinfer.options import DOCTOR_OPTIONS, ENGINE_OPTIONS, SAMPLING_OPTIONS, checked_sampling, count, given
+from jaxinfer.options import DOCTOR_OPTIONS, ENGINE_OPTIONS, add_sampling_options, checked_sampling, count, given
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
@@ -227,15 +227,6 @@ def add_engine_options(parser: Parser) -> None:
     group = parser.add_argument_group("engine")
     for option in ENGINE_OPTIONS:
         option.add_to(group)
-
-
-def add_sampling_options(parser: Parser) -> None:
-    group = parser.add_argument_group("sampling")
-    for option in SAMPLING_OPTIONS:
-        option.add_to(group)
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end the output before this text; may be repeated"
-    )
 
 
 def make_parser() -> Parser:

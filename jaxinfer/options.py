@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.errors import InvalidRequest
+
 SIZES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 MOST_COUNT = 2**31 - 1
 """Sizes become i32 on the device."""
@@ -78,19 +80,70 @@ SAMPLING_OPTIONS = (
     Option("top_p", float, None, "smallest set of tokens with this much probability"),
     Option("top_k", count, None, "most likely tokens to choose from; 0 is all"),
     Option("min_p", float, None, "least probability, as a share of the most likely token's"),
+    Option("presence_penalty", float, None, "taken from the logits of tokens that were said"),
+    Option("frequency_penalty", float, None, "the same, for each time they were"),
+    Option("repetition_penalty", float, None, "divides the logits of tokens in prompt or output; 1 is off"),
 )
+
+STRUCTURED_OPTIONS = (
+    ("json_schema", "FILE", "the output is JSON of the schema in this file"),
+    ("regex", "TEXT", "the output matches this expression"),
+    ("choice", "TEXT", "the output is this text; repeated, one of them"),
+    ("grammar", "FILE", "the output follows the grammar in this file (Lark, as llguidance reads it)"),
+)
+"""What the output must look like: one of them."""
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What `checked_sampling` reads."""
+    group = parser.add_argument_group("sampling")
+    for option in SAMPLING_OPTIONS:
+        option.add_to(group)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the output before this text; may be repeated"
+    )
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never say this text; may be repeated")
+    for name, metavar, text in STRUCTURED_OPTIONS:
+        action = "append" if name == "choice" else "store"
+        group.add_argument(f"--{name.replace('_', '-')}", action=action, metavar=metavar, help=text)
 
 
 def checked_sampling(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for sampling, refused at once if no model could take it. Raises InvalidRequest."""
+    from jaxinfer.structured_output import check_combination
     from jaxinfer.types import SamplingParams
     from jaxinfer.validation import Limits, validate
 
     chosen = {"max_tokens": 128, **given(args, SAMPLING_OPTIONS)}
-    if args.stop:
-        chosen["stop"] = tuple(args.stop)
-    validate([0], SamplingParams(**chosen), Limits(vocab_size=MOST_COUNT, max_model_len=MOST_COUNT))
+    for name in ("stop", "bad_words"):
+        if getattr(args, name):
+            chosen[name] = tuple(getattr(args, name))
+    chosen |= _structured(args)
+    params = SamplingParams(**chosen)
+    validate([0], params, Limits(vocab_size=MOST_COUNT, max_model_len=MOST_COUNT))
+    if params.structured_outputs is not None:
+        check_combination(params)
     return chosen
+
+
+def _structured(args: argparse.Namespace) -> dict[str, Any]:
+    """`structured_outputs`, if the output must look like something. Raises InvalidRequest, OSError for a file."""
+    from jaxinfer.structured_output import checked
+    from jaxinfer.types import StructuredOutput
+
+    names = {"json_schema": "json"}
+    values = ((name, metavar, getattr(args, name)) for name, metavar, _ in STRUCTURED_OPTIONS)
+    chosen: dict[str, Any] = {names.get(name, name): _read(value) if metavar == "FILE" else value
+                              for name, metavar, value in values if value is not None}
+    return {"structured_outputs": checked(StructuredOutput(**chosen))} if chosen else {}
+
+
+def _read(file: str) -> str:
+    with open(file, encoding="utf-8", errors="strict") as stream:
+        try:
+            return stream.read()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(file, f"is not UTF-8 text: {error}") from None
 
 
 def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[in
         if seq.decoding:
             sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
     scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
+    # A running row with a grammar may have no part in this step: it lacks pages, or all of its tokens are planned.
+    constrained = constrained and any(samples) and any(seq.matcher is not None for seq in plan.rows)
     return StepPlan(step_id, StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
                     tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                    tuple(following) if scored else (), constrained=constrained and any(samples),
+                    tuple(following) if scored else (), constrained=constrained,
                     cached=tuple(plan.cached))

@@ -146,8 +146,13 @@ def _check_source(field: str, text: Any, limit: int) -> None:
 
 
 def check_combination(params: SamplingParams) -> None:
-    """Raises InvalidRequest, naming both fields, where a grammar and another rule could leave no legal token."""
+    """Raises InvalidRequest, naming both fields, where a grammar and another rule could leave no legal token, or where
+    only one of them could be obeyed.
+    """
     for name in ("allowed_token_ids", "banned_token_ids", "bad_words", "min_tokens"):
         if getattr(params, name):
             raise InvalidRequest(name, f"cannot be used with {FIELD}: together they may leave no legal token; give one "
                                  "of them")
+    if params.ignore_eos:
+        raise InvalidRequest("ignore_eos", f"cannot be used with {FIELD}: nothing may follow a complete output; leave "
+                             "it out, and bound the length from below by what the output must look like")

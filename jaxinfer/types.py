@@ -30,7 +30,8 @@ MAX_BAD_WORD_TOKENS = 16
 class SamplingParams:
     """How to sample one request. Names and defaults are vLLM's.
 
-    temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1]: shares of probability.
+    temperature: 0 is greedy, and so is anything under 1e-5. top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1]:
+    shares of probability.
     seed: any int64; None draws one. logprobs / prompt_logprobs: how many alternatives a token
     (raw, before temperature), None for none. stop: strings that end the output and are cut from it
     unless include_stop_str_in_output. max_tokens None means up to the model's length.

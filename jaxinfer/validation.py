@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams, StructuredOutput
 
 MAX_SAMPLES = 16
 MAX_STOPS = 16
@@ -22,7 +22,11 @@ MAX_STOP_BYTES = 256
 MAX_NAME_BYTES = 256
 """Request ids and cache salts are kept and hashed per request; unbounded ones cost memory."""
 MAX_TEMPERATURE = 2.0
+GREEDY_BELOW = 1e-5
+"""A temperature under this is greedy, as in vLLM: divided by a much smaller one, logits overflow float32."""
 MAX_PENALTY = 2.0
+MIN_REPETITION = 1e-6
+"""Logits are divided by the repetition penalty, and by the temperature after that: both together must not overflow."""
 MAX_LOGIT_BIAS = 100.0
 """As in the OpenAI API; both are added to logits, which lie within about +-30."""
 MAX_BAD_WORD_BYTES = 64
@@ -66,6 +70,9 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
     _check_stop_strings(params, limits)
     _check_stop_ids(params, limits)
     _check_token_rules(params, limits)
+    if not isinstance(params.structured_outputs, StructuredOutput | None):  # `structured_output.checked` does the rest
+        raise InvalidRequest("structured_outputs", f"must be StructuredOutput, got {shown(params.structured_outputs)}; "
+                             "make it with StructuredOutput(json=...)")
     for name in ("logprobs", "prompt_logprobs"):
         _optional_int(name, getattr(params, name), 0, MAX_LOGPROBS)
 
@@ -135,9 +142,14 @@ def resolve(fields: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
 
 
 def normalise(params: SamplingParams) -> SamplingParams:
-    """Validated parameters as plain Python values (no numpy scalars, tuples for lists): hashable, serialisable."""
+    """Validated parameters as plain Python values (no numpy scalars, tuples for lists): hashable, serialisable.
+
+    A temperature under GREEDY_BELOW is 0.
+    """
     changes: dict[str, Any] = {name: float(getattr(params, name))
                                for name in ("temperature", "top_p", "min_p", *PENALTIES)}
+    if changes["temperature"] < GREEDY_BELOW:
+        changes["temperature"] = 0.0
     for name in ("n", "top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
         value = getattr(params, name)
         changes[name] = None if value is None else int(value)
@@ -244,7 +256,7 @@ def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
 def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         _float(name, getattr(params, name), -MAX_PENALTY, MAX_PENALTY, hint="0 switches it off")
-    _float("repetition_penalty", params.repetition_penalty, 0.0, MAX_PENALTY, above_low=True, hint="1 switches it off")
+    _float("repetition_penalty", params.repetition_penalty, MIN_REPETITION, MAX_PENALTY, hint="1 switches it off")
     _check_logit_bias(params, limits)
     for name in ("allowed_token_ids", "banned_token_ids"):
         if getattr(params, name) is not None:

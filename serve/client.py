@@ -11,6 +11,7 @@ what to do about it. Every call takes `timeout`, the RPC's deadline in seconds.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from json import dumps
 from typing import Any, Self, TypedDict, Unpack
 
@@ -18,6 +19,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxinfer.core import Load, ModelInfo
+from jaxinfer.types import STRUCTURED_KINDS, StructuredOutput
 from serve import answers
 from serve.answers import Completion, Delta, Timings, TokenLogprob, Usage
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
@@ -32,6 +34,20 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # the default second is long for a server that is just starting
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+
+class Structured(TypedDict, total=False):
+    """What the output must look like: one kind, as in {"json": {"type": "object"}} or {"regex": "[0-9]+"}.
+
+    `jaxinfer.StructuredOutput` explains each.
+    """
+
+    json: str | Mapping[str, Any] | None
+    json_object: bool | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
+    disable_any_whitespace: bool | None
 
 
 class Sampling(TypedDict, total=False):
@@ -60,7 +76,7 @@ class Sampling(TypedDict, total=False):
     allowed_token_ids: Sequence[int] | None
     banned_token_ids: Sequence[int] | None
     bad_words: str | Sequence[str] | None
-    structured_outputs: Mapping[str, Any] | None
+    structured_outputs: Structured | StructuredOutput | None
 
 
 class Envelope(Sampling, total=False):
@@ -252,7 +268,10 @@ class AsyncClient:
 
 
 def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
-    """The wire's request; only what was given is set. Raises TypeError on an unknown option."""
+    """The wire's request; only what was given is set.
+
+    Raises TypeError on an unknown option or a wrong type, ValueError where the wire could not carry what was meant.
+    """
     given = _given(**options)
     for name in ("stop", "bad_words"):
         if isinstance(given.get(name), str):
@@ -261,8 +280,11 @@ def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
     unknown = given.keys() - Sampling.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown options {', '.join(sorted(unknown))}")
+    if "allowed_token_ids" in given and not len(given["allowed_token_ids"]):
+        # On the wire an empty list is none at all, which would allow everything.
+        raise ValueError("allowed_token_ids is empty; give at least one token, or leave it out")
     if "structured_outputs" in given:
-        given["structured_outputs"] = structured_output_message(**given["structured_outputs"])
+        given["structured_outputs"] = structured_output_message(given["structured_outputs"])
     request = pb.GenerateRequest(sampling=pb.SamplingParams(**given), **envelope)
     if isinstance(prompt, str):
         request.text = prompt
@@ -273,15 +295,26 @@ def request_message(prompt: Prompt, options: Envelope) -> pb.GenerateRequest:
     return request
 
 
-def structured_output_message(*, json: str | Mapping[str, Any] | None = None, choice: Sequence[str] | None = None,
-                              **options: Any) -> pb.StructuredOutput:
-    """Fields as in `jaxinfer.StructuredOutput`. Raises TypeError or ValueError on an unknown one."""
-    found = pb.StructuredOutput(**_given(**options))
-    if json is not None:
-        found.json = json if isinstance(json, str) else dumps(json)
-    if choice is not None:
-        found.choice.texts.extend(choice)
-    return found
+def structured_output_message(wanted: Structured | StructuredOutput) -> pb.StructuredOutput:
+    """The wire's form. Raises TypeError on an unknown field or a wrong type, ValueError where two kinds are given.
+    """
+    fields: dict[str, Any] = asdict(wanted) if isinstance(wanted, StructuredOutput) else {**wanted}
+    known = Structured.__annotations__
+    if unknown := fields.keys() - known.keys():
+        raise TypeError(f"structured_outputs has unknown fields {', '.join(sorted(unknown))}; there are "
+                        f"{', '.join(known)}")
+    set_: dict[str, Any] = {name: value for name, value in fields.items() if value is not None and value is not False}
+    kinds = [name for name in STRUCTURED_KINDS if name in set_]
+    if len(kinds) > 1:  # a message holds one: the others would be lost
+        raise ValueError(f"structured_outputs must set exactly one of {', '.join(STRUCTURED_KINDS)}, got "
+                         f"{' and '.join(kinds)}")
+    if "json" in set_ and not isinstance(set_["json"], str):
+        set_["json"] = dumps(set_["json"])
+    if "choice" in set_:
+        if isinstance(set_["choice"], str):  # the wire would take its characters
+            raise TypeError("structured_outputs.choice must be a list of strings, got one string")
+        set_["choice"] = pb.Choices(texts=set_["choice"])
+    return pb.StructuredOutput(**set_)
 
 
 def tokenize_message(prompt: str | Sequence[Mapping[str, str]], add_special_tokens: bool | None) -> pb.TokenizeRequest:

@@ -8,6 +8,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 INLINE_CHARS = 4096
 """Longer texts are tokenised in a thread: beyond this it takes longer than the hop, and the loop serves others."""
+GRAMMAR_THREADS = 64
+"""Requests that may wait for their grammars at once. In threads of their own: a hostile grammar takes seconds, and
+meanwhile other requests need those that tokenise.
+"""
 
 Context = grpc.aio.ServicerContext
 LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
@@ -100,6 +105,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._core: Core | None = None
         self._bridge: Bridge | None = None
         self._refusal = "the model is still loading; wait until the health service says SERVING"
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, "jaxinfer-grammar-wait")
 
     def attach(self, core: Core) -> None:
         """Begins to serve `core`."""
@@ -118,13 +124,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     def close(self) -> None:
         """Once the engine is closed."""
+        self._grammar_threads.shutdown(wait=False, cancel_futures=True)
         if self._bridge is not None:
             self._bridge.close()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with Answering(self.calls, context):
             core, bridge = self._serving()
-            asked = await read_request(core.intake, request)
+            asked = await read_request(core.intake, request, self._grammar_threads)
             generation = Generation(asked, core.tokenizer)
             async with open_collected(bridge, asked, generation) as stream:
                 while await stream.wait():
@@ -141,7 +148,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                              context: Context) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with Answering(self.calls, context):
             core, bridge = self._serving()
-            asked = await read_request(core.intake, request)
+            asked = await read_request(core.intake, request, self._grammar_threads)
             generation = Generation(asked, core.tokenizer)
             outbox = codec.Outbox(asked.id, asked.params, generation.has_text)
             async with open_streamed(bridge, asked, generation, outbox) as stream:
@@ -181,13 +188,18 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         return self._core, self._bridge
 
 
-async def read_request(intake: Intake, message: pb.GenerateRequest) -> Request:
-    """A validated request. Raises InvalidRequest or TokenizerMissing."""
+async def read_request(intake: Intake, message: pb.GenerateRequest, grammar_threads: ThreadPoolExecutor) -> Request:
+    """A validated request. Raises InvalidRequest, TokenizerMissing or Overloaded.
+
+    grammar_threads: where a request waits for its grammar to be compiled.
+    """
     prompt = codec.prompt(message)
     params = codec.sampling_params(message.sampling, intake.defaults.sampling)
     make = functools.partial(
         intake.request, prompt, params, request_id=message.request_id if message.HasField("request_id") else None,
         priority=message.priority, cache_salt=message.cache_salt)
+    if message.sampling.HasField("structured_outputs"):
+        return await asyncio.get_running_loop().run_in_executor(grammar_threads, make)
     # Chat templates run in a child process, which takes about a millisecond whatever their size.
     return await offloaded(INLINE_CHARS + 1 if message.HasField("chat") else len(prompt), make)
 

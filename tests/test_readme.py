@@ -22,29 +22,36 @@ def run(code: str, repository: Path, cache: Path) -> str:
     return result.stdout
 
 
-def test_there_are_two_short_examples():
-    assert len(EXAMPLES) == 2
+PYTHON = [example for example in EXAMPLES if "LLM" in example]
+GRPC = [example for example in EXAMPLES if "Client" in example]
+
+
+def test_there_are_two_short_examples_of_each_kind():
+    assert len(EXAMPLES) == 4 and len(PYTHON) == len(GRPC) == 2
     assert all(len(example.strip().splitlines()) <= 10 for example in EXAMPLES)
 
 
 @pytest.mark.slow
-def test_the_python_example(repository, tmp_path):
-    printed = run(EXAMPLES[0], repository, tmp_path)
+def test_the_python_examples(repository, tmp_path):
+    """The second finds what the first one compiled."""
+    printed = run(PYTHON[0], repository, tmp_path)
     assert "def fibonacci(n):" in printed
     assert "(3, 4096)" in printed
+    assert "parsed {'red': " in run(PYTHON[1], repository, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_grpc_example(repository, tmp_path):
+def test_the_grpc_examples(repository, tmp_path):
     command = [Path(sys.executable).parent / "jaxinfer", "serve", "demo", "--port", "0", "--max-num-seqs", "2",
                "--max-model-len", "512"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository,
                           env=environment(tmp_path)) as server:
         try:
             address = next(found[1] for line in server.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
-            printed = run(EXAMPLES[1].replace("127.0.0.1:50051", address), repository, tmp_path)
+            printed, rules = (run(one.replace("127.0.0.1:50051", address), repository, tmp_path) for one in GRPC)
             assert len(printed) > 40
             assert "pages_total" in printed
+            assert re.search(r"^number [0-9]{3}-[0-9]{4}\n(yes|no)$", rules, re.MULTILINE)
         finally:
             server.terminate()
             server.communicate(timeout=60)

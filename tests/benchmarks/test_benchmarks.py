@@ -26,6 +26,7 @@ LIMITED = {
     "quality": ["int8 weights: over bfloat16", "int8 weights and activations: over bfloat16",
                 "int8 pages: over bfloat16", "fp8 pages: over bfloat16",
                 "int8 weights, activations and pages: over bfloat16"],
+    "schemas": ["invalid", "masks / hidden states"],
     "speculation": ["1 rows, drafting / plain", "copies: prompt lookup / plain",
                     "copies with an edit every 16 tokens: prompt lookup / plain",
                     "acceptance 0.6, 2 drafted: efficiency"],

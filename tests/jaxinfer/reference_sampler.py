@@ -1,7 +1,9 @@
 """What a request must answer, token after token in NumPy; the model's logits follow from the last token alone."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,17 @@ import numpy as np
 from jaxinfer.noise import gumbel, row_keys
 from jaxinfer.testing import CountingModel
 from jaxinfer.types import Request, SamplingParams, TokenRules
+from jaxinfer.validation import stop_strings
 
 VOCAB = 24
 
+type Raw = Callable[[list[int]], np.ndarray]
+"""All tokens so far to the model's logits f32[V]."""
+type Legal = Callable[[list[int]], set[int]]
+"""The tokens said to the ids that a grammar allows; none where the output must end."""
 
+
+@cache
 def table(seed: int) -> np.ndarray:
     """f32[V, V]: logits behind each last token."""
     return np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)).astype(np.float32) * 1.5
@@ -33,33 +42,61 @@ class TableModel(CountingModel):
         return right if not self.every else jnp.where((last % self.every == 0)[:, None], wrong, right)
 
 
-def answer(request: Request, index: int = 0) -> tuple[list[int], list[np.ndarray]]:
-    """Tokens of a sample, and the raw logits f32[V] behind each."""
-    logits, said, found = table(0), [], []
-    while len(said) < request.max_tokens and not (said and said[-1] in request.stop_ids):
-        raw = logits[(*request.prompt, *said)[-1]]
-        said.append(next_token(raw, request, index, said))
-        found.append(raw)
-    return said, found
+def by_table(tokens: list[int]) -> np.ndarray:
+    return table(0)[tokens[-1]]
 
 
-def next_token(raw: np.ndarray, request: Request, index: int, said: list[int]) -> int:
-    params = request.params
-    logits = raw if request.rules is None else under_rules(raw, request.rules, request.prompt, said)
+def answer(request: Request, index: int = 0, legal: Legal | None = None, spell: Callable[[list[int]], str] | None = None
+           ) -> tuple[list[int], list[np.ndarray]]:
+    """Tokens of a sample, and the raw logits f32[V] behind each.
+
+    legal: of the request's grammar. spell: tokens to text, for stop strings.
+    """
+    said: list[int] = []
+    while not is_over(request, said, legal, spell):
+        said.append(next_token(by_table([*request.prompt, *said]), request, index, said, legal))
+    return said, [by_table([*request.prompt, *said[:count]]) for count in range(len(said))]
+
+
+def is_over(request: Request, said: list[int], legal: Legal | None = None,
+            spell: Callable[[list[int]], str] | None = None) -> bool:
+    """Whether nothing follows. Stop strings count in text behind the first `min_tokens`."""
+    if len(said) >= request.max_tokens or (said and said[-1] in request.stop_ids):
+        return True
+    if said and legal is not None and not legal(said):
+        return True
+    if spell is None or len(said) <= request.params.min_tokens:
+        return False
+    text, before = spell(said), len(spell(said[:-1]))
+    return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stop_strings(request.params))
+
+
+def next_token(raw: np.ndarray, request: Request, index: int, said: list[int], legal: Legal | None = None) -> int:
+    kept = candidates(raw, request, said, legal)
+    if request.params.temperature == 0:
+        return int(np.argmax(kept))
+    return int(np.argmax(kept + noise(request.seed, index, len(request.prompt) + len(said), len(raw))))
+
+
+def candidates(raw: np.ndarray, request: Request, said: list[int], legal: Legal | None = None) -> np.ndarray:
+    """f32[V] from which the next token is taken: over the temperature, -inf where it cannot be said."""
+    params, logits = request.params, raw.copy()
+    if legal is not None:
+        logits[sorted(set(range(len(raw))) - legal(said))] = -np.inf
+    if request.rules is not None:
+        logits = under_rules(logits, request.rules, request.prompt, said)
     if len(said) < params.min_tokens:
-        logits = logits.copy()
         logits[list(request.stop_ids)] = -np.inf
     if params.temperature == 0:
-        return int(np.argmax(logits))
+        return logits
     scaled = logits / np.float32(params.temperature)
-    kept = np.where(scaled >= threshold(scaled, params), scaled, -np.inf)
-    return int(np.argmax(kept + noise(request.seed, index, len(request.prompt) + len(said))))
+    return np.where(scaled >= threshold(scaled, params), scaled, -np.inf)
 
 
 def under_rules(raw: np.ndarray, rules: TokenRules, prompt: tuple[int, ...], said: list[int]) -> np.ndarray:
     logits = raw.copy()
     if rules.allowed is not None:
-        logits[[id_ for id_ in range(VOCAB) if id_ not in rules.allowed]] = -np.inf
+        logits[sorted(set(range(len(raw))) - set(rules.allowed))] = -np.inf
     for id_, value in rules.bias:
         logits[id_] += np.float32(value)
     for *beginning, last in rules.bad_words:
@@ -87,10 +124,12 @@ def threshold(scaled: np.ndarray, params: SamplingParams) -> float:
     return least
 
 
-def noise(seed: int, index: int, position: int) -> np.ndarray:
+@cache
+def noise(seed: int, index: int, position: int, vocab_size: int = VOCAB) -> np.ndarray:
     """f32[V] of one sampled token."""
     words = jnp.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32)
-    return np.asarray(_noise(words, jnp.array([index], jnp.int32), jnp.array([position], jnp.int32)))[0]
+    return np.asarray(_noise(words, jnp.array([index], jnp.int32), jnp.array([position], jnp.int32), vocab_size))[0]
 
 
-_noise = jax.jit(lambda words, index, position: gumbel(row_keys(words, index), position, VOCAB))
+_noise = jax.jit(lambda words, index, position, vocab_size: gumbel(row_keys(words, index), position, vocab_size),
+                 static_argnums=3)

@@ -16,7 +16,7 @@ import pytest
 from jaxinfer import cli, doctor, options, quick_bench
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
-from jaxinfer.types import RequestStats, SamplingParams
+from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("generate", "chat", "serve", "convert", "bench", "doctor")
@@ -249,6 +249,50 @@ def test_generate_streams_one_prompt(made, capsys):
     ((prompt, params),) = made[0].calls
     assert "".join(prompt) == "hello there"
     assert params == SamplingParams(temperature=0.0, top_p=0.95, max_tokens=128, stop=("a", "b"))
+
+
+def test_penalties_and_bad_words_are_passed_on(made):
+    options = ["--presence-penalty", "-0.5", "--repetition-penalty", "1.2", "--bad-words", "no", "--bad-words", "never"]
+    assert cli.main(["generate", "m", "x", *options]) == 0
+    ((_, params),) = made[0].calls
+    assert (params.presence_penalty, params.repetition_penalty, params.bad_words) == (-0.5, 1.2, ("no", "never"))
+
+
+SCHEMA = '{"type": "object", "required": ["b", "a"]}'
+STRUCTURED = [
+    (["--json-schema", "FILE"], SCHEMA, StructuredOutput(json='{"type":"object","required":["b","a"]}')),
+    (["--regex", "[0-9]+"], "", StructuredOutput(regex="[0-9]+")),
+    (["--choice", "yes", "--choice", "no"], "", StructuredOutput(choice=("yes", "no"))),
+    (["--grammar", "FILE"], 'start: "ä"', StructuredOutput(grammar='start: "ä"')),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "wanted"), STRUCTURED, ids=str)
+def test_what_the_output_must_look_like(words, text, wanted, made, tmp_path):
+    file = tmp_path / "file"
+    file.write_text(text, encoding="utf-8")
+    options = [str(file) if word == "FILE" else word for word in words]
+    assert cli.main(["generate", "m", "x", *options]) == 0
+    ((_, params),) = made[0].calls
+    assert params.structured_outputs == wanted
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--regex", "a", "--choice", "b"], "structured_outputs: must set exactly one of json, json_object, regex, choice"),
+    (["--json-schema", "FILE"], "structured_outputs.json: is not valid JSON"),
+    (["--json-schema", "nowhere.json"], "nowhere.json"),
+    (["--grammar", "LATIN"], "is not UTF-8 text"),
+    (["--regex", ""], "structured_outputs.regex: is empty"),
+    (["--regex", "a", "--bad-words", "b"], "bad_words: cannot be used with structured_outputs"),
+    (["--presence-penalty", "3"], "presence_penalty: must be"),
+])  # fmt: skip
+def test_what_no_model_could_take_is_refused_before_the_start(words, message, made, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("{", encoding="utf-8")
+    (tmp_path / "LATIN").write_bytes("ä".encode("latin-1"))
+    options = [str(tmp_path / word) if word in ("FILE", "LATIN") else word for word in words]
+    assert cli.main(["generate", "m", "x", *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not made
 
 
 def test_generate_prints_several_prompts_after_each_other(made, capsys):

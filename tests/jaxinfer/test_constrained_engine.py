@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_schemas import schemas
 from jsonschema import Draft202012Validator
 
+from benchmarks.json_schemas import schemas
 from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput, startup
 from jaxinfer.draft_lengths import DraftLengths
 

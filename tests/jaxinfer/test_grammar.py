@@ -10,9 +10,9 @@ import pytest
 from grammar_walks import legal, walk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from json_schemas import UNSUPPORTED, schemas
 
 import checkpoints.demo
+from benchmarks.json_schemas import UNSUPPORTED, schemas
 from jaxinfer.errors import GrammarFailed, InvalidRequest, status_of
 from jaxinfer.grammar import Grammars
 from jaxinfer.grammar_masks import MaskFiller

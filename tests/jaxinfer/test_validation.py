@@ -40,7 +40,7 @@ ACCEPTED = {
     "detokenize": [True, False],
     "presence_penalty": [-2, 0, 2.0, np.float32(0.5)],
     "frequency_penalty": [-2.0, 0.0, 1],
-    "repetition_penalty": [1e-9, 1, 2.0],
+    "repetition_penalty": [1e-6, 1, 2.0],
     "logit_bias": [None, {}, {0: 100, 99: -100.0}, {np.int64(5): np.float32(1)}, ((7, 1.0),)],
     "allowed_token_ids": [None, [0], (99, 5), np.array([4, 5])],
     "banned_token_ids": [None, [0, 0], (99,)],
@@ -67,12 +67,13 @@ REFUSED = {
     "skip_special_tokens": [None],
     "presence_penalty": [-2.1, 2.1, math.nan, None, "1", True],
     "frequency_penalty": [-2.1, math.inf, None],
-    "repetition_penalty": [0, 2.1, -1, math.nan, None],
+    "repetition_penalty": [0, 1e-7, 5e-324, 2.1, -1, math.nan, None],
     "logit_bias": [{100: 1}, {-1: 1}, {"5": 1}, {5: 101}, {5: math.nan}, {5: None}, {True: 1}, 5, "ab", [5, 6],
                    ((5, 1.0), (5, 2.0)), {1.5: 0}],
     "allowed_token_ids": [[], [100], [-1], [1.5], 5, "5"],
     "banned_token_ids": [[], [100], [True], {1}],
     "bad_words": [["a"] * 33, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
+    "structured_outputs": [[], {"json": {}}, "[0-9]+", 0, False],
 }
 
 
@@ -178,6 +179,11 @@ def test_normalise_gives_plain_hashable_values():
     assert plain == params_with(n=2, temperature=1.0, top_p=0.5, seed=3, stop=("a",), stop_token_ids=(1,), max_tokens=4)
     assert [type(getattr(plain, name)) for name in ("n", "temperature", "top_p", "seed")] == [int, float, float, int]
     assert normalise(plain) == plain
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(5e-324, 0.0), (9e-6, 0.0), (1e-5, 1e-5), (0.5, 0.5)])
+def test_temperatures_that_would_overflow_are_greedy(given, wanted):
+    assert normalise(SamplingParams(temperature=given)).temperature == wanted
 
 
 @pytest.mark.parametrize("envelope", [("", 0, ""), (5, 0, ""), ("a" * 257, 0, ""), ("a", 2**31, ""), ("a", True, ""),

@@ -1,0 +1,191 @@
+"""Requests with features of the table, run through engines with the table model, and what each must answer."""
+
+import dataclasses
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from counting import small_config
+from features import EOS, FIRST, LETTERS, SECOND, params_of
+from reference_sampler import TableModel, answer, by_table, candidates, is_over
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from jaxinfer.assembly import Assembler, cancelled
+from jaxinfer.draft_model import DraftModel
+from jaxinfer.draft_pair import DraftPair, Pair
+from jaxinfer.drafter import Drafter
+from jaxinfer.engine import Engine
+from jaxinfer.executor import Executor
+from jaxinfer.intake import GenerationDefaults, Intake
+from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.page_pool import PagePool
+from jaxinfer.prompt_lookup import PromptLookup
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.types import Request, RequestStats, SamplingParams, StepPlan
+from jaxinfer.validation import Limits, stop_strings
+
+CONFIG = small_config(max_num_seqs=8, num_pages=190, row_buckets=(8,), max_decode_rounds=3)
+DRAFTED = 3
+DRAFTERS = ("none", "draft model", "prompt lookup")
+
+
+def letter_tokenizer() -> Tokenizer:
+    """An id a letter, the last one is end-of-sequence."""
+    backend = Backend(models.BPE(vocab={letter: id_ for id_, letter in enumerate(LETTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<eos>", special=True)])
+    return Tokenizer.from_json(backend.to_str(), {"eos_token": "<eos>"})
+
+
+def new_intake() -> Intake:
+    limits = Limits(vocab_size=EOS + 1, max_model_len=CONFIG.max_model_len)
+    return Intake(letter_tokenizer(), limits, GenerationDefaults(SamplingParams(), (EOS,)), seeds=random.Random(0))
+
+
+def new_executor(drafter: str) -> Executor:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.device_put(np.float32(0), place)
+    model, config = TableModel(), CONFIG
+    if drafter != "none":
+        proposing: Drafter = DraftModel(TableModel(every=3), DRAFTED)
+        if drafter == "prompt lookup":
+            proposing = PromptLookup(DRAFTED, config.max_num_seqs, config.max_model_len)
+        model, config = DraftPair(model, proposing), dataclasses.replace(config, num_speculative_tokens=DRAFTED)
+        params = Pair(params, params if drafter == "draft model" else ())
+    made = Executor(model, params, config, place)
+    made.warm_up(workers=2, progress=lambda name: None)
+    return made
+
+
+@dataclass
+class Run:
+    """What one engine answered. plans: of all steps. stats: of each request's samples, some twice."""
+
+    outputs: dict[str, RequestOutput]
+    plans: list[StepPlan]
+    stats: dict[str, list[RequestStats]]
+    engine: Engine
+
+
+def run(executor: Executor, tokenizer: Tokenizer | None, batches: Iterable[list[Request]], num_pages: int = 190) -> Run:
+    """The batches one after the other through one engine. num_pages: how many of the pool's pages there are."""
+    executor.reset()
+    config = dataclasses.replace(executor.config, num_pages=num_pages)
+    engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)))
+    found = Run({}, record_plans(engine), defaultdict(list), engine)
+    for batch in batches:
+        assemblers = {one.id: Assembler(one, tokenizer) for one in batch}
+        for one in batch:
+            engine.add(one)
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.stats is not None:
+                    found.stats[chunk.request_id].append(chunk.stats)
+                for index in cancelled([assemblers[chunk.request_id].feed(chunk)]):
+                    engine.cancel(chunk.request_id, index)
+            engine.scheduler.check_invariants()
+        found.outputs |= {id_: assembler.output() for id_, assembler in assemblers.items()}
+    assert engine.scheduler.pool.num_held == 0
+    assert engine.scheduler.metrics.failed_steps == 0
+    return found
+
+
+def record_plans(engine: Engine) -> list[StepPlan]:
+    plans, dispatch = [], engine.scheduler.plan
+
+    def plan():
+        made = dispatch()
+        plans.extend([made] if made else [])
+        return made
+
+    engine.scheduler.plan = plan  # type: ignore[method-assign]
+    return plans
+
+
+def request_of(intake: Intake, names: tuple[str, ...], seed: int, *, length: int = 6, **more: Any) -> Request:
+    """With these features, and a prompt of letters that follows from `seed`."""
+    prompt = random.Random(seed).choices(range(len(LETTERS)), k=length)
+    found = intake.request(prompt, SamplingParams(**params_of(*names, seed=seed) | more),
+                           request_id=f"{' x '.join(names)} {seed} {length}")
+    return dataclasses.replace(found, seed=seed)  # also of one that brought none
+
+
+def spelt(said: list[int]) -> str:
+    return "".join(LETTERS[id_] for id_ in said if id_ != EOS)
+
+
+def legal(said: list[int]) -> set[int]:
+    """What `features.PATTERN` allows."""
+    letters = SECOND if len(said) % 2 else FIRST
+    return {LETTERS.index(letter) for letter in letters} | ({EOS} if said and not len(said) % 2 else set())
+
+
+def wanted(request: Request, index: int = 0) -> list[int]:
+    return answer(request, index, legal if request.grammar else None, spell_of(request))[0]
+
+
+def spell_of(request: Request):
+    return spelt if stop_strings(request.params) else None
+
+
+def check(request: Request, output: RequestOutput, *, exact: bool = True) -> None:
+    """Raises AssertionError unless the output is the one wanted; where not `exact`, one that could be."""
+    assert len(output.outputs) == request.params.n
+    for sample in output.outputs:
+        tokens = list(sample.token_ids)
+        if exact:
+            assert tokens == wanted(request, sample.index)
+        check_possible(request, tokens)
+        check_text(request, sample)
+        if request.params.logprobs is not None:
+            context = [*request.prompt, *tokens]
+            check_scores(sample.logprobs, tokens, context[len(request.prompt) - 1:], request.params.logprobs)
+        else:
+            assert sample.logprobs is None
+    if request.params.prompt_logprobs is not None:
+        nothing, *scores = output.prompt_logprobs or []
+        assert nothing is None
+        check_scores(scores, request.prompt[1:], request.prompt, request.params.prompt_logprobs)
+    else:
+        assert output.prompt_logprobs is None
+
+
+def check_possible(request: Request, tokens: list[int]) -> None:
+    """Each token has a probability where it stands, and the output ends where it must, not earlier or later."""
+    allowed = legal if request.grammar else None
+    for count, token in enumerate(tokens):
+        said = tokens[:count]
+        assert not is_over(request, said, allowed, spell_of(request))
+        assert candidates(by_table([*request.prompt, *said]), request, said, allowed)[token] > -np.inf
+    assert is_over(request, tokens, allowed, spell_of(request))
+
+
+def check_text(request: Request, sample: CompletionOutput) -> None:
+    """Text and reason follow from the tokens."""
+    tokens = list(sample.token_ids)
+    ended = tokens[-1] in request.stop_ids
+    text = spelt(tokens[:-1] if ended else tokens)
+    matches = [] if ended else [stop for stop in stop_strings(request.params) if text.endswith(stop)]
+    stop = max(matches, key=len) if matches and len(tokens) > request.params.min_tokens else ""
+    assert sample.text == (text.removesuffix(stop) if request.params.detokenize else "")
+    assert sample.finish_reason == ("stop" if ended or stop else "length")
+    assert sample.stop_reason == (stop or (tokens[-1] if ended and tokens[-1] != EOS else None))
+
+
+def check_scores(entries, tokens, before, count: int) -> None:
+    """Log-probabilities are the model's own, before any rule; the likeliest come with them."""
+    assert len(entries) == len(tokens)
+    for entry, token, last in zip(entries, tokens, before, strict=False):
+        logits = by_table([last]).astype(np.float64)
+        exact = logits - np.log(np.exp(logits).sum())
+        likeliest = np.argsort(-logits)
+        assert next(iter(entry)) == token and set(entry) == {token, *likeliest[:count].tolist()}
+        assert all(abs(one.logprob - exact[id_]) < 1e-5 for id_, one in entry.items())
+        assert entry[token].rank == likeliest.tolist().index(token) + 1
