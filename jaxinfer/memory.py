@@ -27,7 +27,7 @@ class MemoryPlan:
     bytes_per_page: int
     num_pages: int
     page_size: int
-    drafter: int = 0
+    rows: int = 0
 
     @property
     def pages(self) -> int:
@@ -36,22 +36,22 @@ class MemoryPlan:
     def table(self) -> str:
         """For a person, before the start."""
         temporaries = [] if self.temporaries is None else [("temporaries", self.temporaries)]
-        drafter = [("state of the drafter", self.drafter)] if self.drafter else []
-        rows = [("budget", self.budget), ("weights", self.weights), *temporaries, *drafter,
+        state = [("state of rows", self.rows)] if self.rows else []
+        rows = [("budget", self.budget), ("weights", self.weights), *temporaries, *state,
                 (f"{self.num_pages} pages of {self.page_size} tokens", self.pages),
-                ("left", self.budget - self.weights - (self.temporaries or 0) - self.drafter - self.pages)]
+                ("left", self.budget - self.weights - (self.temporaries or 0) - self.rows - self.pages)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {in_mib(size):>16}" for name, size in rows)
 
 
 def plan_pages(*, budget: int, weights: int, temporaries: int | None, bytes_per_page: int, page_size: int,
-               needed: int, most: int | None, wanted: int | None, on_cpu: bool, drafter: int = 0) -> MemoryPlan:
+               needed: int, most: int | None, wanted: int | None, on_cpu: bool, rows: int = 0) -> MemoryPlan:
     """Chooses the number of pages.
 
     needed: pages without which the engine cannot start (one a row, and one row of the full length).
     most: pages beyond which more are of no use, or None. wanted: what the user asked for, or None.
-    temporaries: None where they are not measured. on_cpu: the budget follows from the host's memory. drafter: bytes of
-    its state that do not depend on the pages.
+    temporaries: None where they are not measured. on_cpu: the budget follows from the host's memory. rows: bytes of
+    the rows' state, and of the drafter's that does not depend on the pages.
 
     Raises InvalidConfig when `wanted` is too few to start at all, and OutOfMemory saying what is missing and which
     settings to change.
@@ -59,19 +59,19 @@ def plan_pages(*, budget: int, weights: int, temporaries: int | None, bytes_per_
     if wanted is not None and wanted < needed:
         raise InvalidConfig("num_pages", f"{wanted} pages of {page_size} tokens are under the {needed} needed (one a "
                             "row, and one row of max_model_len); raise it, or lower max_model_len or max_num_seqs")
-    room = (budget - weights - (temporaries or 0) - drafter) // bytes_per_page
+    room = (budget - weights - (temporaries or 0) - rows) // bytes_per_page
     num_pages = wanted if wanted is not None else room if most is None else min(room, most)
     if num_pages > room or num_pages < needed:
         short = max(num_pages, needed)
         taken = "" if temporaries is None else f" and temporaries {in_mib(temporaries)}"
-        taken += f" and the drafter {in_mib(drafter)}" if drafter else ""
+        taken += f" and the state of rows {in_mib(rows)}" if rows else ""
         more = "free memory of this machine" if on_cpu else "raise gpu_memory_utilization"
         raise OutOfMemory(
             f"{short} pages of {page_size} tokens need {in_mib(short * bytes_per_page)}, but of a budget of "
             f"{in_mib(budget)} weights take {in_mib(weights)}{taken}: room for "
             f"{max(room, 0)} pages. At least {needed} are needed (one a row, and one row of max_model_len). Lower "
             f"max_model_len, max_num_seqs or num_pages, or {more}")
-    return MemoryPlan(budget, weights, temporaries, bytes_per_page, num_pages, page_size, drafter)
+    return MemoryPlan(budget, weights, temporaries, bytes_per_page, num_pages, page_size, rows)
 
 
 def in_mib(size: int) -> str:

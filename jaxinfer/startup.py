@@ -249,7 +249,7 @@ def plan_within(budget: int, options: Options, model: Decoder | DraftPair, param
     plan = partial(
         memory.plan_pages, budget=budget, weights=memory.weight_bytes(params),
         bytes_per_page=cache.bytes_per_page // shards, page_size=options.page_size,
-        drafter=getattr(cache, "fixed_bytes", 0),
+        rows=row_bytes(model, options.max_num_seqs, full_row) + getattr(cache, "fixed_bytes", 0),
         needed=needed, most=options.max_num_seqs * full_row if on_cpu else None, wanted=options.num_pages,
         on_cpu=on_cpu)
     without_temporaries = plan(temporaries=None)  # what cannot fit is refused before anything is compiled
@@ -265,15 +265,26 @@ def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfi
     return [declared[key].compile() for key in programs.largest(declared)]
 
 
+def row_struct(model: Decoder | DraftPair, max_num_seqs: int, max_pages_per_row: int) -> Any:
+    """Shapes of `row_state.empty`."""
+    return jax.eval_shape(partial(row_state.empty, max_num_seqs, max_pages_per_row, model.vocab_size,
+                                  replicated(model.mesh)))  # fmt: skip
+
+
+def row_bytes(model: Decoder | DraftPair, max_num_seqs: int, max_pages_per_row: int) -> int:
+    """Of the row state, on every device: mostly what token rules need of each id."""
+    leaves = jax.tree.leaves(row_struct(model, max_num_seqs, max_pages_per_row))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> programs.Signature:
     """The signature of an engine whose pages and row state are shapes only: for compiling before they exist.
 
     params: arrays, or the shapes of `params.abstract_params`.
     """
     everywhere = replicated(model.mesh)
-    empty = partial(row_state.empty, config.max_num_seqs, config.max_pages_per_row, model.vocab_size, everywhere)
-    rows = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(empty))
+    rows = jax.tree.map(partial(programs.placed_struct, everywhere),
+                        row_struct(model, config.max_num_seqs, config.max_pages_per_row))
     state = steps.DeviceState(model.cache(config.num_pages, config.page_size).struct(), rows)
     return programs.Signature(model, params, state, Batcher(config), everywhere)
 
