@@ -11,6 +11,7 @@ import numpy as np
 from jaxinfer.errors import StepFailed
 from jaxinfer.executor import InFlight
 from jaxinfer.masks import Masks
+from jaxinfer.remote_drafts import RemoteDrafts
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.types import Request, StepPlan, StepResult, TokenChunk
 
@@ -46,10 +47,11 @@ class Engine:
     """Runs requests to their end, one step ahead of what it has read."""
 
     def __init__(self, runner: StepRunner, scheduler: Scheduler, *, compiles: CompileCount | None = None,
-                 clock: Callable[[], float] = time.monotonic):
+                 remote: RemoteDrafts | None = None, clock: Callable[[], float] = time.monotonic):
         self.runner = runner
         self.scheduler = scheduler
         self._compiles = compiles
+        self._remote = remote
         self._clock = clock
         self._in_flight: InFlight | None = None
         self._masks = Masks(scheduler.config.max_num_seqs)
@@ -64,6 +66,8 @@ class Engine:
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         self.scheduler.cancel(request_id, index)
+        if self._remote is not None:
+            self._remote.forget_ended()
 
     def watch_compiles(self) -> None:
         """From now on only compiles of the calling thread count: the engine's own."""
@@ -73,7 +77,8 @@ class Engine:
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms as plain data."""
         compiles = self._compiles.count if self._compiles is not None else 0
-        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles}
+        remote = {} if self._remote is None else {"remote_proposals": self._remote.counts()}
+        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles} | remote
 
     def step(self) -> list[TokenChunk]:
         """Dispatches the next step, then reads and commits the one before it.
@@ -90,6 +95,8 @@ class Engine:
 
     def _step(self) -> list[TokenChunk]:
         plan = self.scheduler.plan()
+        if plan and self._remote is not None:
+            plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
         chunks = [] if finished is None else self._commit(finished)
@@ -98,7 +105,10 @@ class Engine:
         return chunks
 
     def _commit(self, step: InFlight) -> list[TokenChunk]:
-        return self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+        chunks = self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+        if self._remote is not None:
+            self._remote.tell()
+        return chunks
 
     def _sample(self, step: InFlight) -> list[TokenChunk]:
         """Lets the grammars of a dispatched step's rows say what is legal; the last chunks of rows whose grammar fails.
@@ -113,6 +123,11 @@ class Engine:
         finished, self._in_flight = self._in_flight, None
         return [] if finished is None else self._commit(finished)
 
+    def close(self) -> None:
+        """Ends what runs beside the engine: the connection to a drafter elsewhere."""
+        if self._remote is not None:
+            self._remote.close()
+
     def _recover(self, error: Exception) -> None:
         """A failed step took the donated pages along: new pages, and every row recomputed from its tokens."""
         log.exception("device step failed; recomputing %d running rows", self.scheduler.num_running)
@@ -121,6 +136,8 @@ class Engine:
         self._in_flight = None
         self.runner.reset()
         self.scheduler.requeue_all()
+        if self._remote is not None:
+            self._remote.forget_ended()
         if len(self._failures) == MAX_FAILURES and now - self._failures[0] < FAILURE_WINDOW:
             raise StepFailed(f"{MAX_FAILURES} device steps failed within {FAILURE_WINDOW:.0f} s; "
                              "the log has their errors") from error

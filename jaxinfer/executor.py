@@ -20,6 +20,7 @@ from jaxinfer.programs import (
     CACHED_TOKENS,
     EXTRA_PAGES,
     LOGITS,
+    PROPOSALS,
     RULES,
     SAMPLE,
     SAMPLE_LEGAL,
@@ -121,6 +122,8 @@ class Executor:
                 self._state = self._state._replace(rows=self._programs[RULES](self._state.rows, rules))
         if CACHED in self._programs:
             self._enter_cached(plan)
+        if plan.proposals:
+            self._enter_proposals(plan)
         if isinstance(layout, PrefillLayout):
             return self._prefill(plan, layout, flat)
         program = self._programs[decode_key(layout, plan.sampler)]
@@ -161,6 +164,14 @@ class Executor:
                 part = tokens[first:first + CACHED_TOKENS]
                 chunk[:2], chunk[2:2 + len(part)] = (slot, first), part
                 self._state = self._programs[CACHED](self._state, self._put(chunk))
+
+    def _enter_proposals(self, plan: StepPlan) -> None:
+        pair: Any = self._model
+        table = np.full((self.config.max_num_seqs, 2 + pair.drafter.num_entered), -1, np.int32)
+        table[:, 0] = self._batcher.no_slot
+        for row, (slot, first, tokens) in zip(table, plan.proposals, strict=False):
+            row[:2], row[2:2 + len(tokens)] = (slot, first), tokens
+        self._state = self._programs[PROPOSALS](self._state, self._put(table))
 
     def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:
         """Scores of every packed position against the token packed behind it."""

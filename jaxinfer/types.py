@@ -205,6 +205,7 @@ class StepPlan:
     constrained: the step samples only once the host has sent the masks of its rows' grammars; prefill steps only
     cached:    (slot, first tokens of a row that begins) of rows whose pages come from the prefix cache in part, where
                the engine speculates: a drafter may want the tokens
+    proposals: (slot, position of the first, tokens) from a drafter elsewhere, entered before the step
     """
 
     step_id: int
@@ -222,6 +223,7 @@ class StepPlan:
     num_drafted: tuple[int, ...] = ()
     constrained: bool = False
     cached: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    proposals: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     @property
     def num_tokens(self) -> int:

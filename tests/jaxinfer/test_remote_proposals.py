@@ -1,0 +1,179 @@
+"""Proposals from outside: what is left of them against a search in plain Python, and every answer is its own whoever
+proposes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from counting import VOCAB, counted, request, small_config
+from counting_mixes import arrivals, check_mix, ids_of, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from remote_sources import Counting, Failing, Liar
+
+from jaxinfer.draft_pair import DraftPair, Pair
+from jaxinfer.engine import Engine
+from jaxinfer.executor import Executor
+from jaxinfer.page_pool import PagePool
+from jaxinfer.remote_drafts import MOST_AHEAD, RemoteDrafts, num_ahead
+from jaxinfer.remote_proposals import NOTHING, Entered, RemoteProposals, remaining
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.testing import CountingModel
+
+DRAFTED = 3
+KEPT = num_ahead(DRAFTED, small_config().max_decode_rounds)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Executor:
+    config = small_config(num_speculative_tokens=DRAFTED)
+    pair = DraftPair(CountingModel(VOCAB), RemoteProposals(DRAFTED, KEPT, config.max_num_seqs))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    executor = Executor(pair, Pair(jax.device_put(jnp.float32(0), place), ()), config, place)
+    executor.warm_up(workers=2, progress=lambda name: None)
+    return executor
+
+
+def engine_of(executor: Executor, source) -> Engine:
+    executor.reset()
+    config = executor.config
+    return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)),
+                  remote=RemoteDrafts(source, VOCAB, KEPT))  # fmt: skip
+
+
+def left_of(proposed: list[int], first: int, row: list[int]) -> list[int]:
+    """What of a proposal lies behind the row."""
+    done = len(row) - first
+    return proposed[done:] if 0 <= done and row[first:] == proposed[:done] else []
+
+
+@given(data=st.data())
+def test_what_is_left_is_what_a_search_finds(data):
+    width, most = 6, 3
+    rows, proposals = [], []
+    for _ in range(4):
+        row = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=20))
+        first = data.draw(st.integers(max(len(row) - 8, 0), len(row) + 1))
+        follows = data.draw(st.booleans())
+        proposed = (row[first:] if follows else []) + data.draw(st.lists(st.integers(0, 1), max_size=width))
+        rows.append(row)
+        proposals.append((first, proposed[:width]))
+    said = np.full((4, width), NOTHING)
+    entered = np.full((4, width), NOTHING)
+    for slot, (row, (_, proposed)) in enumerate(zip(rows, proposals, strict=True)):
+        entered[slot, :len(proposed)] = proposed
+        for position in range(max(len(row) - width, 0), len(row)):
+            said[slot, position % width] = row[position]
+    state = Entered(jnp.array(entered), jnp.array([first for first, _ in proposals]), jnp.array(said), jnp.array(False))
+    slots = jnp.array([2, 0, 3, 1])
+    tokens, left = remaining(state, slots, jnp.array([len(rows[slot]) for slot in slots.tolist()]), most)
+    for index, slot in enumerate(slots.tolist()):
+        wanted = left_of(proposals[slot][1], proposals[slot][0], rows[slot])
+        assert left[index] == len(wanted)
+        assert tokens[index, :min(len(wanted), most)].tolist() == wanted[:most]
+
+
+@settings(max_examples=60)
+@given(mix=arrivals(), seed=st.integers(0, 2**16))
+def test_any_mix_gives_each_request_its_own_answer_whatever_is_proposed(executor, mix, seed):
+    """Stop ids, minimum lengths, log-probabilities, priorities, cancels, preemption and prefix hits among them."""
+    source = Liar(seed)
+    check_mix(engine_of(executor, source), mix)
+    assert not source.rows, "rows that ended are forgotten"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("seed", [None, 11])
+def test_proposals_are_kept_though_they_come_a_step_late(executor, late, seed):
+    """And nothing else: a right drafter is never refused, behind chunked prompts, prefix hits and mixed steps."""
+    source = Counting(late)
+    engine = engine_of(executor, source)
+    requests = [request(str(index), range(length), 40, temperature=temperature, arrival=float(index), given=seed)
+                for index, (length, temperature) in enumerate([(1, 0.0), (40, 0.0), (40, 1.0), (9, 1.0)])]
+    for one in requests:
+        engine.add(one)
+    chunks = run(engine)
+    assert [ids_of(chunks[one.id, 0]) for one in requests] == [counted(one) for one in requests]
+    metrics = engine.metrics()
+    assert metrics["accepted_tokens"] == metrics["draft_tokens"] > 40
+    assert metrics["remote_proposals"]["entered"] > 4 and not metrics["remote_proposals"]["malformed"]
+    assert not source.rows
+
+
+def test_what_was_wrong_is_counted(executor):
+    class Wrong(Counting):
+        def answer(self, name, row):
+            kinds = {0: (len(row), (VOCAB,)), 1: (len(row) + 1, (1,)), 2: (len(row) - 1, (250, 251)),
+                     3: (len(row) - 1, (row[-1],)), 4: (len(row), ())}  # fmt: skip
+            position, tokens = kinds[name]
+            return super().answer(name, row)._replace(position=position, tokens=tokens)
+
+    engine = engine_of(executor, Wrong())
+    for index in range(5):
+        one = request(str(index), range(5), 2, temperature=0.0)
+        engine.add(one)
+        assert ids_of(run(engine)[one.id, 0]) == [5, 6]
+    assert engine.metrics()["remote_proposals"] == {"entered": 0, "late": 1, "wrong": 1, "malformed": 3}
+    assert engine.metrics()["draft_tokens"] == 0
+
+
+def test_a_source_that_raises_costs_proposals_only(executor, caplog):
+    engine = engine_of(executor, Failing())
+    one = request("one", range(5), 60, temperature=0.0)
+    engine.add(one)
+    assert ids_of(run(engine)["one", 0]) == counted(one)
+    assert engine.metrics()["failed_steps"] == 0
+    assert [record.message for record in caplog.records] == [
+        "the source of proposals failed; from now on nothing is drafted"]  # fmt: skip
+
+
+def test_rows_are_told_of_again_after_a_failed_step(executor, caplog):
+    source = Counting()
+    engine = engine_of(executor, source)
+    one = request("one", range(5), 60, temperature=0.0)
+    engine.add(one)
+    chunks = {("one", 0): []}
+    for _ in range(4):
+        chunks["one", 0] += engine.step()
+    read, engine.runner.read = engine.runner.read, partial(fail_once, engine.runner)
+    try:
+        chunks["one", 0] += [chunk for found in run(engine).values() for chunk in found]
+    finally:
+        engine.runner.read = read
+    assert ids_of(chunks["one", 0]) == counted(one)
+    assert engine.metrics()["failed_steps"] == 1
+    assert source.ended == {0, 1}
+
+
+def fail_once(runner, step):
+    del runner.read
+    raise RuntimeError("the device failed")
+
+
+def test_cancelled_rows_are_forgotten_at_once(executor):
+    source = Counting()
+    engine = engine_of(executor, source)
+    engine.add(request("one", range(5), 60, temperature=0.0))
+    engine.step()
+    assert set(source.rows) == {0}
+    engine.cancel("one")
+    assert not source.rows and source.ended == {0}
+    engine.drain()
+    engine.close()
+    assert source.closed
+
+
+def test_as_many_are_kept_as_the_steps_ahead_can_use():
+    assert num_ahead(1, 1) == 4
+    assert num_ahead(3, 4) == 32
+    assert num_ahead(4, 8) == MOST_AHEAD
+    assert num_ahead(15, 1) == 32
+
+
+def test_measured_rounds_make_all_proposals_and_leave_no_trace(executor):
+    executor.reset()
+    executor.measure_rounds()
+    assert not executor.signature.state.kv_pages.draft.always
