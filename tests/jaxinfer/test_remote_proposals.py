@@ -4,50 +4,29 @@ proposes.
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from counting import VOCAB, counted, request, small_config
+from counting import VOCAB, counted, request
 from counting_mixes import arrivals, check_mix, ids_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote_sources import Counting, Failing, Liar
+from remote_drafting import Counting, Failing, Liar, engine_of, new_executor
 
-from jaxinfer.draft_pair import DraftPair, Pair
-from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor
-from jaxinfer.page_pool import PagePool
-from jaxinfer.remote_drafts import MOST_AHEAD, RemoteDrafts, num_ahead
-from jaxinfer.remote_proposals import NOTHING, Entered, RemoteProposals, remaining
-from jaxinfer.scheduler import Scheduler
-from jaxinfer.testing import CountingModel
-
-DRAFTED = 3
-KEPT = num_ahead(DRAFTED, small_config().max_decode_rounds)
+from jaxinfer.remote_drafts import MOST_AHEAD, num_ahead
+from jaxinfer.remote_proposals import NOTHING, Entered, remaining
 
 
 @pytest.fixture(scope="module")
 def executor() -> Executor:
-    config = small_config(num_speculative_tokens=DRAFTED)
-    pair = DraftPair(CountingModel(VOCAB), RemoteProposals(DRAFTED, KEPT, config.max_num_seqs))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    executor = Executor(pair, Pair(jax.device_put(jnp.float32(0), place), ()), config, place)
-    executor.warm_up(workers=2, progress=lambda name: None)
-    return executor
-
-
-def engine_of(executor: Executor, source) -> Engine:
-    executor.reset()
-    config = executor.config
-    return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)),
-                  remote=RemoteDrafts(source, VOCAB, KEPT))  # fmt: skip
+    return new_executor()
 
 
 def left_of(proposed: list[int], first: int, row: list[int]) -> list[int]:
     """What of a proposal lies behind the row."""
     done = len(row) - first
-    return proposed[done:] if 0 <= done and row[first:] == proposed[:done] else []
+    return proposed[done:] if done >= 0 and row[first:] == proposed[:done] else []
 
 
 @given(data=st.data())

@@ -1,13 +1,39 @@
-"""Sources of proposals for an engine with the counting model: one that is right, liars, and one that fails."""
+"""The counting model with proposals from outside, and their sources: one that is right, a liar, one that fails."""
 
 import random
 from collections.abc import Sequence
 
-from counting import VOCAB
+import jax
+import jax.numpy as jnp
+from counting import VOCAB, small_config
 
-from jaxinfer.remote_drafts import Proposal
+from jaxinfer.draft_pair import DraftPair, Pair
+from jaxinfer.engine import Engine
+from jaxinfer.executor import Executor
+from jaxinfer.page_pool import PagePool
+from jaxinfer.remote_drafts import Proposal, ProposalSource, RemoteDrafts, num_ahead
+from jaxinfer.remote_proposals import RemoteProposals
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.testing import CountingModel
 
-AHEAD = 20
+DRAFTED, AHEAD = 3, 20
+KEPT = num_ahead(DRAFTED, small_config().max_decode_rounds)
+
+
+def new_executor() -> Executor:
+    config = small_config(num_speculative_tokens=DRAFTED)
+    pair = DraftPair(CountingModel(VOCAB), RemoteProposals(DRAFTED, KEPT, config.max_num_seqs))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    executor = Executor(pair, Pair(jax.device_put(jnp.float32(0), place), ()), config, place)
+    executor.warm_up(workers=2, progress=lambda name: None)
+    return executor
+
+
+def engine_of(executor: Executor, source: ProposalSource) -> Engine:
+    executor.reset()
+    config = executor.config
+    return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)),
+                  remote=RemoteDrafts(source, VOCAB, KEPT))  # fmt: skip
 
 
 class Counting:
