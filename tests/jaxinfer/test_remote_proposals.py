@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_drafting import Counting, Failing, Liar, engine_of, new_executor
 
+from jaxinfer.errors import InvalidConfig
 from jaxinfer.executor import Executor
 from jaxinfer.remote_drafts import MOST_AHEAD, num_ahead
 from jaxinfer.remote_proposals import NOTHING, Entered, remaining
+from jaxinfer.start_options import Options
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,25 @@ def test_measured_rounds_make_all_proposals_and_leave_no_trace(executor):
     executor.reset()
     executor.measure_rounds()
     assert not executor.signature.state.kv_pages.draft.always
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_address": "::1:50051"}, {"draft_address": "drafts.example:1"}])
+def test_addresses(options):
+    found = Options(model="demo", **options)
+    found.validate()
+    assert found.drafter == ("remote" if options else None)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"draft_address": "there"}, "draft_address: must be host:port .* got 'there'"),
+    ({"draft_address": ":5"}, "host:port"),
+    ({"draft_address": "there:0"}, "host:port"),
+    ({"draft_address": "there:65536"}, "65535"),
+    ({"draft_address": "there:x"}, "host:port"),
+    ({"draft_address": 5}, "draft_address: must be a string or None, got 5"),
+    ({"draft_address": "h:1", "draft_model": "m"}, "draft_address: 'h:1' .* draft_model='m'"),
+    ({"draft_address": "h:1", "speculation": "ngram"}, "draft_address: 'h:1' .* speculation='ngram'"),
+])  # fmt: skip
+def test_options_that_cannot_be(options, words):
+    with pytest.raises(InvalidConfig, match=words):
+        Options(model="demo", **options).validate()
