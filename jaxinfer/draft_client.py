@@ -80,6 +80,10 @@ class DraftClient:
             arrived, self._arrived = self._arrived, {}
         return list(arrived.values())
 
+    def wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived, timeout=seconds)
+
     def close(self) -> None:
         """Ends the stream and the thread."""
         with self._changed:
@@ -165,3 +169,4 @@ class DraftClient:
             if response.sequence in self._rows:
                 self._arrived[response.sequence] = Proposal(
                     response.sequence, response.position, tuple(response.token_ids))
+                self._changed.notify_all()

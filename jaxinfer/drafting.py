@@ -45,7 +45,7 @@ def with_drafter(options: Options, target: Decoder, params: Any, max_model_len: 
         return DraftPair(target, lookup), Pair(params, ())
     if options.drafter == "remote":
         say(f"{options.draft_address} proposes up to {count} tokens a round")
-        kept = num_ahead(count, options.max_decode_rounds)
+        kept = num_ahead(count)
         return DraftPair(target, RemoteProposals(count, kept, options.max_num_seqs, target.mesh)), Pair(params, ())
     drafter, own = load_draft_model(options, target, say)
     return DraftPair(target, drafter), Pair(params, own)
@@ -57,7 +57,7 @@ def remote_drafts(options: Options, vocab_size: int) -> RemoteDrafts | None:
         return None
     from jaxinfer.draft_client import DraftClient  # gRPC is imported by those who use it
 
-    kept = num_ahead(options.num_speculative_tokens, options.max_decode_rounds)
+    kept = num_ahead(options.num_speculative_tokens)
     return RemoteDrafts(DraftClient(options.draft_address, kept), vocab_size, kept)
 
 

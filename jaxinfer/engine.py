@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ class StepRunner(Protocol):
 
     def sample(self, step: InFlight, masks: np.ndarray) -> None: ...
 
+    def is_ready(self, step: InFlight) -> bool: ...
+
     def read(self, step: InFlight) -> StepResult: ...
 
     def reset(self) -> None: ...
@@ -52,6 +55,8 @@ class Engine:
         self.scheduler = scheduler
         self._compiles = compiles
         self._remote = remote
+        self._config = scheduler.config
+        self._single = replace(scheduler.config, max_decode_rounds=1)
         self._clock = clock
         self._in_flight: InFlight | None = None
         self._masks = Masks(scheduler.config.max_num_seqs)
@@ -94,6 +99,8 @@ class Engine:
             return []
 
     def _step(self) -> list[TokenChunk]:
+        if self._remote is not None:
+            self._await_proposals(self._remote)
         plan = self.scheduler.plan()
         if plan and self._remote is not None:
             plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
@@ -103,6 +110,15 @@ class Engine:
         if dispatched is not None and dispatched.plan.constrained:
             chunks += self._sample(dispatched)
         return chunks
+
+    def _await_proposals(self, remote: RemoteDrafts) -> None:
+        """Proposals for the next step are useful until the device is done with the one in flight; the step is planned
+        then. While they come, a step has one round: what they must foresee is what the step in flight says.
+        """
+        step = self._in_flight
+        self.scheduler.config = self._single if remote.is_useful else self._config
+        if step is not None and remote.is_useful:
+            remote.wait(lambda: self.runner.is_ready(step))
 
     def _commit(self, step: InFlight) -> list[TokenChunk]:
         chunks = self.scheduler.commit(step.plan, self.runner.read(step), self._clock())

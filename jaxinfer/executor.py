@@ -187,6 +187,11 @@ class Executor:
         start = np.int32(first)
         return self._programs[SCORE](self._params, hidden, self._put(np.asarray(start)), self._put(padded))
 
+    @staticmethod
+    def is_ready(step: InFlight) -> bool:
+        """Whether `read` would not wait. For steps that have sampled."""
+        return step.result.is_ready()
+
     def read(self, step: InFlight) -> StepResult:
         """Waits for the step and unpacks what it sampled."""
         array = np.asarray(step.result)

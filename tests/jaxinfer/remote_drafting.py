@@ -17,7 +17,7 @@ from jaxinfer.scheduler import Scheduler
 from jaxinfer.testing import CountingModel
 
 DRAFTED, AHEAD = 3, 20
-KEPT = num_ahead(DRAFTED, small_config().max_decode_rounds)
+KEPT = num_ahead(DRAFTED)
 
 
 def new_executor() -> Executor:
@@ -37,20 +37,25 @@ def engine_of(executor: Executor, source: ProposalSource) -> Engine:
 
 
 class Counting:
-    """Proposes what will come, at once. late: answers that it keeps back."""
+    """Proposes what will come, at once. late: it answers what it was told so many times before."""
 
     def __init__(self, late: int = 0):
         self.rows: dict[int, list[int]] = {}
         self.ended: set[int] = set()
         self.closed = False
-        self._answers: list[list[Proposal]] = [[] for _ in range(late + 1)]
+        self._late = late
+        self._lengths: dict[int, list[int]] = {}  # of each row, whenever it was told of
+        self._answers: dict[int, Proposal] = {}
 
     def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
         assert name not in self.ended and tokens
         row = self.rows.setdefault(name, [])
         assert position == len(row)
         row += tokens
-        self._answers[-1].append(self.answer(name, row))
+        lengths = self._lengths.setdefault(name, [])
+        lengths.append(len(row))
+        if len(lengths) > self._late:
+            self._answers[name] = self.answer(name, row[:lengths[-1 - self._late]])
 
     def answer(self, name: int, row: list[int]) -> Proposal:
         return Proposal(name, len(row), tuple((row[-1] + 1 + offset) % VOCAB for offset in range(AHEAD)))
@@ -60,8 +65,11 @@ class Counting:
         self.ended.add(name)
 
     def take(self) -> list[Proposal]:
-        self._answers.append([])
-        return self._answers.pop(0)
+        answers, self._answers = self._answers, {}
+        return list(answers.values())
+
+    def wait(self, seconds: float) -> None:
+        """Nothing comes later."""
 
     def close(self) -> None:
         self.closed = True

@@ -15,7 +15,7 @@ from remote_drafting import Counting, Failing, Liar, engine_of, new_executor
 
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.executor import Executor
-from jaxinfer.remote_drafts import MOST_AHEAD, num_ahead
+from jaxinfer.remote_drafts import TRIED_STEPS
 from jaxinfer.remote_proposals import NOTHING, Entered, remaining
 from jaxinfer.start_options import Options
 
@@ -66,7 +66,7 @@ def test_any_mix_gives_each_request_its_own_answer_whatever_is_proposed(executor
     assert not source.rows, "rows that ended are forgotten"
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize("seed", [None, 11])
 def test_proposals_are_kept_though_they_come_a_step_late(executor, late, seed):
     """And nothing else: a right drafter is never refused, behind chunked prompts, prefix hits and mixed steps."""
@@ -147,11 +147,30 @@ def test_cancelled_rows_are_forgotten_at_once(executor):
     assert source.closed
 
 
-def test_as_many_are_kept_as_the_steps_ahead_can_use():
-    assert num_ahead(1, 1) == 4
-    assert num_ahead(3, 4) == 32
-    assert num_ahead(4, 8) == MOST_AHEAD
-    assert num_ahead(15, 1) == 32
+def test_a_drafter_is_waited_for_while_its_proposals_fit(executor):
+    """And steps then have one round; where it is of no use they have several again, but for a few that try."""
+    engine = engine_of(executor, Counting())
+    remote = engine._remote
+    waits = record_waits(remote)
+    engine.add(request("good", range(5), 60, temperature=0.0))
+    run(engine)
+    assert remote.is_useful and len(waits) > 5
+    late = engine_of(executor, Counting(late=100))
+    remote, waits, rounds = late._remote, record_waits(late._remote), []
+    for index in range(12):
+        late.add(request(str(index), range(5), 60, temperature=0.0))
+        while late.has_work:
+            late.step()
+            if late._in_flight is not None:
+                rounds.append(late._in_flight.plan.num_rounds)
+    assert not remote.is_useful and TRIED_STEPS - 3 < len(waits) <= TRIED_STEPS
+    assert max(rounds[:TRIED_STEPS]) == 1 and max(rounds[TRIED_STEPS:]) == 4
+
+
+def record_waits(remote):
+    waits, wait = [], remote.wait
+    remote.wait = lambda is_done: waits.append(wait(is_done))
+    return waits
 
 
 def test_measured_rounds_make_all_proposals_and_leave_no_trace(executor):

@@ -176,6 +176,23 @@ def test_a_bad_drafter_costs_speed_only(executor, answer, caplog):
         assert metrics["remote_proposals"]["malformed"] > 0
 
 
+def test_a_drafter_that_breaks_off_again_and_again_is_of_some_use(executor, monkeypatch, caplog):
+    caplog.set_level(logging.CRITICAL, logger="grpc._server")
+    monkeypatch.setattr(draft_client, "FIRST_PAUSE", 0.01)
+    told = []
+
+    def breaking(one):
+        told.append(one)
+        if len(told) % 7 == 0:
+            raise ValueError("breaks off")
+        yield from right(one)
+
+    with drafting(breaking) as address, client(address) as source:
+        metrics = check_answers(executor, source, pause=0.02)
+    assert len([one for one in told if one.position == 0]) > 3, "rows are told again"
+    assert metrics["accepted_tokens"] == metrics["draft_tokens"] > 0
+
+
 def test_a_drafter_that_dies_is_told_everything_when_it_is_back(executor, monkeypatch):
     monkeypatch.setattr(draft_client, "LONGEST_PAUSE", 0.1)
     port, told = free_port(), []
