@@ -2,8 +2,11 @@
 proposes.
 """
 
+from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_drafting import Counting, Failing, Liar, engine_of, new_executor
 
+from jaxinfer import row_state
+from jaxinfer.drafter import Prefilled, Round
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.executor import Executor
+from jaxinfer.model import Rows
 from jaxinfer.remote_drafts import TRIED_STEPS
-from jaxinfer.remote_proposals import NOTHING, Entered, remaining
+from jaxinfer.remote_proposals import NOTHING, Entered, RemoteProposals, remaining
 from jaxinfer.start_options import Options
 
 
@@ -55,6 +61,33 @@ def test_what_is_left_is_what_a_search_finds(data):
         wanted = left_of(proposals[slot][1], proposals[slot][0], rows[slot])
         assert left[index] == len(wanted)
         assert tokens[index, :min(len(wanted), most)].tolist() == wanted[:most]
+
+
+def test_a_prefill_step_clears_slots_that_begin_and_remembers_what_decode_rows_said():
+    drafter = RemoteProposals(num_drafted=2, num_kept=4, max_num_seqs=3)
+    state = drafter.enter_proposals(drafter.new_state(1, 1), jnp.array([0, 1, 2, 9]), jnp.array([6, 6, 6, 6]),
+                                    jnp.array([[1, 2, 3, 4]] * 4))  # fmt: skip
+    # Slot 1 decodes its token 1 at position 6, slot 0 begins with 3 tokens; then there is padding.
+    rows = Rows(jnp.array([7, 3, 0]), jnp.zeros((3, 1), int), jnp.array([0, 1, 4, 4]), jnp.array([1, 1, 2]))
+    seen = Prefilled(jnp.array([1, 7, 8, 9, 0]), jnp.array([6, 0, 1, 2, 0]), rows, jnp.array([1, 0, 99]),
+                     jnp.array([True, False, False]), jnp.zeros((5, 1)))  # fmt: skip
+    state = drafter.observe_prefill(None, state, cast(Any, None), seen)
+    assert state.proposed[:, 0].tolist() == [NOTHING, 1, 1, NOTHING]
+    tokens, left = remaining(state, jnp.array([0, 1, 2]), jnp.array([7, 7, 7]), 2)
+    assert left.tolist() == [0, 3, 0] and tokens[1].tolist() == [2, 3]
+
+
+def test_what_rounds_bring_is_remembered():
+    drafter = RemoteProposals(num_drafted=2, num_kept=4, max_num_seqs=1)
+    state = drafter.enter_proposals(drafter.new_state(1, 1), jnp.array([0]), jnp.array([6]), jnp.array([[1, 2, 3, 4]]))
+    rows = row_state.empty(1, 1, 8, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    rows = replace(rows, kv_len=jnp.array([5, 0]))
+    for tokens, left in (([1, 2, 3], 1), ([1, 2, -1], 2), ([1, 9, 3], 0)):
+        count = sum(token >= 0 for token in tokens)
+        seen = Round(jnp.array([0]), jnp.array([True]), jnp.zeros((1, 1), int), jnp.array([tokens]),
+                     jnp.array([count]), jnp.zeros((1, 3, 1)))  # fmt: skip
+        after = drafter.observe_round(None, state, rows, seen)
+        assert remaining(after, jnp.array([0]), jnp.array([6 + count]), 2)[1].tolist() == [left]
 
 
 @settings(max_examples=60)

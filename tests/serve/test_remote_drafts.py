@@ -171,6 +171,7 @@ def test_a_bad_drafter_costs_speed_only(executor, answer, caplog):
     caplog.set_level(logging.CRITICAL, logger="grpc._server")
     with drafting(answer) as address, client(address) as source:
         metrics = check_answers(executor, source, pause=0.02)
+        assert not source._arrived, "nothing is kept for rows that do not run"
     assert metrics["accepted_tokens"] == 0
     if answer is garbage:
         assert metrics["remote_proposals"]["malformed"] > 0
