@@ -85,9 +85,20 @@ class Drafter(Protocol):
         """Of the state on each device, whatever the number of pages."""
         return 0
 
+    @property
+    def num_entered(self) -> int:
+        """Tokens of a row that `enter_proposals` takes; 0 where proposals do not come from outside."""
+        return 0
+
     def enter_cached(self, state: Any, slot: jax.Array, first: jax.Array, tokens: jax.Array) -> Any:
         """The state with tokens i32[n] of a row at positions from `first` i32[] on, whose keys and values come from the
         prefix cache: no prefill step packs them. -1 behind the last. A program of its own, before the row's first step.
+        """
+        return state
+
+    def enter_proposals(self, state: Any, slots: jax.Array, first: jax.Array, tokens: jax.Array) -> Any:
+        """The state with proposals i32[n, num_entered] of the rows at `slots` i32[n] for positions from `first` i32[n]
+        on; -1 behind the last. Slots out of range are dropped. A program of its own, before the step.
         """
         return state
 

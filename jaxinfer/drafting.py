@@ -15,6 +15,8 @@ from jaxinfer.errors import InvalidConfig
 from jaxinfer.medusa_drafter import DecoderHeads, MedusaDrafter
 from jaxinfer.models import Decoder, make_decoder
 from jaxinfer.prompt_lookup import PromptLookup
+from jaxinfer.remote_drafts import RemoteDrafts, num_ahead
+from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.start_options import Options
 
 
@@ -63,9 +65,23 @@ def with_drafter(options: Options, target: Decoder, params: Any, max_model_len: 
         say(f"prompt lookup proposes up to {count} tokens a round")
         lookup = PromptLookup(count, options.max_num_seqs, max_model_len, target.mesh)
         return DraftPair(target, lookup), Pair(params, ())
+    if options.drafter == "remote":
+        say(f"{options.draft_address} proposes up to {count} tokens a round")
+        kept = num_ahead(count)
+        return DraftPair(target, RemoteProposals(count, kept, options.max_num_seqs, target.mesh)), Pair(params, ())
     load = load_heads if options.drafter == "medusa" else load_draft_model
     drafter, own = load(options, target, params, say)
     return DraftPair(target, drafter), Pair(params, own)
+
+
+def remote_drafts(options: Options, vocab_size: int) -> RemoteDrafts | None:
+    """The connection to the drafter at `draft_address`, which need not be there yet; None without one."""
+    if options.draft_address is None:
+        return None
+    from jaxinfer.draft_client import DraftClient  # gRPC is imported by those who use it
+
+    kept = num_ahead(options.num_speculative_tokens)
+    return RemoteDrafts(DraftClient(options.draft_address, kept), vocab_size, kept)
 
 
 def load_draft_model(options: Options, target: Decoder, _: Any, say: Callable[[str], None]

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from jaxinfer.errors import StepFailed
 from jaxinfer.executor import InFlight, Unfinished
 from jaxinfer.masks import Masks
+from jaxinfer.remote_drafts import RemoteDrafts
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.types import Request, StepPlan, StepResult, TokenChunk
 
@@ -30,6 +32,8 @@ class StepRunner(Protocol):
 
     def sample(self, step: InFlight, masks: np.ndarray) -> None: ...
 
+    def is_ready(self, step: InFlight) -> bool: ...
+
     def read(self, step: InFlight) -> StepResult: ...
 
     def reset(self) -> None: ...
@@ -48,10 +52,13 @@ class Engine:
     """Runs requests to their end, one step ahead of what it has read."""
 
     def __init__(self, runner: StepRunner, scheduler: Scheduler, *, compiles: CompileCount | None = None,
-                 clock: Callable[[], float] = time.monotonic):
+                 remote: RemoteDrafts | None = None, clock: Callable[[], float] = time.monotonic):
         self.runner = runner
         self.scheduler = scheduler
         self._compiles = compiles
+        self._remote = remote
+        self._config = scheduler.config
+        self._single = replace(scheduler.config, max_decode_rounds=1)
         self._clock = clock
         self._in_flight: InFlight | None = None
         self._masks = Masks()
@@ -66,6 +73,8 @@ class Engine:
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         self.scheduler.cancel(request_id, index)
+        if self._remote is not None:
+            self._remote.forget_ended()
 
     def watch_compiles(self) -> None:
         """From now on only compiles of the calling thread count: the engine's own."""
@@ -75,7 +84,8 @@ class Engine:
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms as plain data."""
         compiles = self._compiles.count if self._compiles is not None else 0
-        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles}
+        remote = {} if self._remote is None else {"remote_proposals": self._remote.counts()}
+        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles} | remote
 
     def step(self) -> list[TokenChunk]:
         """Dispatches the next step, then reads and commits the one before it.
@@ -91,7 +101,11 @@ class Engine:
             return []
 
     def _step(self) -> list[TokenChunk]:
+        if self._remote is not None:
+            self._await_proposals(self._remote)
         plan = self.scheduler.plan()
+        if plan and self._remote is not None:
+            plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
         chunks = [] if finished is None else self._commit(finished)
@@ -99,8 +113,20 @@ class Engine:
             chunks += self._sample(dispatched, dispatched.unfinished)
         return chunks
 
+    def _await_proposals(self, remote: RemoteDrafts) -> None:
+        """Proposals for the next step are useful until the device is done with the one in flight; the step is planned
+        then. While they come, a step has one round: what they must foresee is what the step in flight says.
+        """
+        step = self._in_flight
+        self.scheduler.config = self._single if remote.is_useful else self._config
+        if step is not None and remote.is_useful:
+            remote.wait(lambda: self.runner.is_ready(step))
+
     def _commit(self, step: InFlight) -> list[TokenChunk]:
-        return self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+        chunks = self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+        if self._remote is not None:
+            self._remote.tell()
+        return chunks
 
     def _sample(self, step: InFlight, halfway: Unfinished) -> list[TokenChunk]:
         """Lets the grammars of a dispatched step's rows say what is legal; the last chunks of rows whose grammar fails.
@@ -115,6 +141,11 @@ class Engine:
         finished, self._in_flight = self._in_flight, None
         return [] if finished is None else self._commit(finished)
 
+    def close(self) -> None:
+        """Ends what runs beside the engine: the connection to a drafter elsewhere."""
+        if self._remote is not None:
+            self._remote.close()
+
     def _recover(self, error: Exception) -> None:
         """A failed step took the donated pages along: new pages, and every row recomputed from its tokens."""
         log.exception("device step failed; recomputing %d running rows", self.scheduler.num_running)
@@ -123,6 +154,8 @@ class Engine:
         self._in_flight = None
         self.runner.reset()
         self.scheduler.requeue_all()
+        if self._remote is not None:
+            self._remote.forget_ended()
         if len(self._failures) == MAX_FAILURES and now - self._failures[0] < FAILURE_WINDOW:
             raise StepFailed(f"{MAX_FAILURES} device steps failed within {FAILURE_WINDOW:.0f} s; "
                              "the log has their errors") from error

@@ -117,6 +117,7 @@ class EngineThread:
             self._end_all(failure)
             with contextlib.suppress(Exception):
                 self._engine.drain()  # the device is left idle: XLA aborts a process that ends around its work
+            self._engine.close()
 
     def _next_messages(self) -> bool:
         """Waits for work and takes in what was posted; False when it is time to stop."""

@@ -20,6 +20,7 @@ from jaxinfer.programs import (
     CACHED_TOKENS,
     EXTRA_PAGES,
     LOGITS,
+    PROPOSALS,
     RULES,
     SAMPLE,
     SAMPLE_LEGAL,
@@ -136,6 +137,8 @@ class Executor:
                 self._state = self._state._replace(rows=self._programs[RULES](self._state.rows, rules))
         if CACHED in self._programs:
             self._enter_cached(plan)
+        if plan.proposals:
+            self._enter_proposals(plan)
         if isinstance(layout, PrefillLayout):
             return self._prefill(plan, layout, flat)
         if isinstance(layout, SpeculateLayout) and plan.constrained:
@@ -204,6 +207,14 @@ class Executor:
                 chunk[:2], chunk[2:2 + len(part)] = (slot, first), part
                 self._state = self._programs[CACHED](self._state, self._put(chunk))
 
+    def _enter_proposals(self, plan: StepPlan) -> None:
+        pair: Any = self._model
+        table = np.full((self.config.max_num_seqs, 2 + pair.drafter.num_entered), -1, np.int32)
+        table[:, 0] = self._batcher.no_slot
+        for row, (slot, first, tokens) in zip(table, plan.proposals, strict=False):
+            row[:2], row[2:2 + len(tokens)] = (slot, first), tokens
+        self._state = self._programs[PROPOSALS](self._state, self._put(table))
+
     def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:
         """Scores of every packed position against the token packed behind it."""
         packed = [token for ids, after in zip(plan.tokens, plan.next_tokens, strict=True)
@@ -217,6 +228,11 @@ class Executor:
         padded[:len(targets)] = targets
         start = np.int32(first)
         return self._programs[SCORE](self._params, hidden, self._put(np.asarray(start)), self._put(padded))
+
+    @staticmethod
+    def is_ready(step: InFlight) -> bool:
+        """Whether `read` would not wait. For steps that have sampled."""
+        return step.result.is_ready()
 
     def read(self, step: InFlight) -> StepResult:
         """Waits for the step and unpacks what it sampled."""

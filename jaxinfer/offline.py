@@ -56,6 +56,9 @@ class LLM:
         with "medusa" the folder of the heads, by default the shipped ones of the model "demo". The target's
         distribution stays what it is, and so does, up to rounding, the output of greedy requests and of those with a
         seed. None: see speculation.
+      draft_address: "host:port" of a `jaxinfer serve` of a smaller model with the same token ids, on a cheaper chip or
+        a CPU, that proposes tokens while this one verifies. Outputs are as with a draft_model, whatever it sends;
+        while it is slow or gone, nothing is proposed.
       num_speculative_tokens: most tokens that are proposed in a round.
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.
@@ -76,8 +79,8 @@ class LLM:
         max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
         block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1, speculation: str | None = None, draft_model: str | None = None,
-        num_speculative_tokens: int = 4, enable_prefix_caching: bool = True, seed: int = 0,
-        max_decode_rounds: int = 8, max_waiting: int = 4096, attention: str | None = None,
+        draft_address: str | None = None, num_speculative_tokens: int = 4, enable_prefix_caching: bool = True,
+        seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096, attention: str | None = None,
         int8_matmul: str | None = None, compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
@@ -87,7 +90,8 @@ class LLM:
             page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size, speculation=speculation, draft_model=_as_path(draft_model),
-            num_speculative_tokens=num_speculative_tokens, enable_prefix_caching=enable_prefix_caching,
+            draft_address=draft_address, num_speculative_tokens=num_speculative_tokens,
+            enable_prefix_caching=enable_prefix_caching,
             max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
             int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache), show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)

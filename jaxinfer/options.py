@@ -55,6 +55,7 @@ ENGINE_OPTIONS = (
     Option("tensor_parallel_size", count, 1, "devices the model is cut over"),
     Option("speculation", str, None, "what proposes tokens: draft_model (default, where given), medusa or ngram"),
     Option("draft_model", str, None, "model or heads that propose tokens (default: no speculation)"),
+    Option("draft_address", str, None, "host:port of a server whose model proposes tokens (default: none)"),
     Option("num_speculative_tokens", count, 4, "most tokens that are proposed in a round"),
     Option("enable_prefix_caching", bool, True, "share the pages of equal prompt beginnings"),
     Option("seed", count, 0, "seeds of requests that have none follow from it"),

@@ -69,13 +69,13 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
 
 APPEND, RULES, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("score",), ("logits",)
 SAMPLE, SAMPLE_LEGAL = ("sample",), ("sample_legal",)
-CACHED = ("cached tokens",)
+CACHED, PROPOSALS = ("cached tokens",), ("proposals",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
     declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
-                _rules(signature), *_cached(signature), *_with_grammars(signature)]
+                _rules(signature), *_cached(signature), *_proposals(signature), *_with_grammars(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -217,6 +217,15 @@ def _cached(signature: Signature) -> Iterator[tuple[Key, Program]]:
         yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, pair),
                               (signature.state, signature.host_array(2 + CACHED_TOKENS)), donate=(0,),
                               out_shardings=_placements(signature))
+
+
+def _proposals(signature: Signature) -> Iterator[tuple[Key, Program]]:
+    pair: Any = signature.model
+    config = signature.batcher.config
+    if config.num_speculative_tokens and pair.drafter.num_entered:
+        table = signature.host_array(config.max_num_seqs, 2 + pair.drafter.num_entered)
+        yield PROPOSALS, Program("proposals from outside", partial(speculative_step.enter_proposals, pair),
+                                 (signature.state, table), donate=(0,), out_shardings=_placements(signature))
 
 
 def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[str], None]

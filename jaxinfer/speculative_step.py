@@ -44,6 +44,13 @@ def enter_cached(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> Devi
     return DeviceState(Pair(pages, draft), state.rows)
 
 
+def enter_proposals(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> DeviceState:
+    """The state after `Drafter.enter_proposals`. inputs: i32[n, 2 + Y], slot, first position, tokens of each row."""
+    pages, draft = state.kv_pages
+    draft = pair.drafter.enter_proposals(draft, inputs[:, 0], inputs[:, 1], inputs[:, 2:])
+    return DeviceState(Pair(pages, draft), state.rows)
+
+
 def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, params: Pair, state: DeviceState,
                    inputs: jax.Array) -> tuple[DeviceState, jax.Array]:
     """Up to `layout.max_rounds` rounds of R rows, ended early when every row has stopped.

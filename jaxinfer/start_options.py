@@ -8,13 +8,15 @@ from jaxinfer.errors import InvalidConfig
 INT32_MAX = 2**31 - 1
 """Sizes become i32 on the device."""
 
+LAST_PORT = 65_535
+
 MOST_DRAFTED = 15
 """Attention on TPUs takes rows of up to 16 queries as one item (`tpu_prefill_blocks.MAX_ROW_QUERIES`)."""
 
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting", "num_speculative_tokens")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
-OPTIONAL_TEXTS = ("tokenizer", "draft_model", "attention", "int8_matmul", "compile_cache")
+OPTIONAL_TEXTS = ("tokenizer", "draft_model", "draft_address", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
 SPECULATIONS = ("draft_model", "ngram", "medusa")
@@ -41,6 +43,7 @@ class Options:
     tensor_parallel_size: int = 1
     speculation: str | None = None
     draft_model: str | None = None
+    draft_address: str | None = None
     num_speculative_tokens: int = 4
     enable_prefix_caching: bool = True
     max_decode_rounds: int = 8
@@ -53,8 +56,9 @@ class Options:
 
     @property
     def drafter(self) -> str | None:
-        """One of SPECULATIONS; None does not speculate."""
-        return self.speculation or ("draft_model" if self.draft_model else None)
+        """One of SPECULATIONS or "remote"; None does not speculate."""
+        implied = "draft_model" if self.draft_model else "remote" if self.draft_address else None
+        return self.speculation or implied
 
     @property
     def heads(self) -> str:
@@ -90,7 +94,20 @@ class Options:
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise InvalidConfig("seed", f"must be an integer of 64 bits, got {self.seed!r}")
 
+    def _check_draft_address(self) -> None:
+        if self.draft_address is None:
+            return
+        host, colon, port = self.draft_address.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT):
+            raise InvalidConfig("draft_address", f"must be host:port with a port in 1..{LAST_PORT}, got "
+                                f"{self.draft_address!r}")
+        for name in ("speculation", "draft_model"):
+            if getattr(self, name) is not None:
+                raise InvalidConfig("draft_address", f"{self.draft_address!r} is where all proposals come from, but "
+                                    f"{name}={getattr(self, name)!r} asks for others; leave one of the two out")
+
     def _check_speculation(self) -> None:
+        self._check_draft_address()
         if self.speculation is not None and self.speculation not in SPECULATIONS:
             raise InvalidConfig("speculation", f"{self.speculation!r} is not one of {', '.join(SPECULATIONS)}; None "
                                 "speculates where there is a draft_model")

@@ -34,7 +34,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.draft_pair import DraftPair
-from jaxinfer.drafting import check_drafter, with_drafter
+from jaxinfer.drafting import check_drafter, remote_drafts, with_drafter
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.errors import InvalidConfig, ModelFormatError
@@ -44,6 +44,7 @@ from jaxinfer.models import Decoder, make_decoder
 from jaxinfer.page_pool import PagePool
 from jaxinfer.params import Params, default_layer_loop, flatten_specs, param_specs
 from jaxinfer.quantization import WEIGHT_FORMATS
+from jaxinfer.remote_drafts import RemoteDrafts
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.smallest_steps import SmallestSteps, smallest_steps
 from jaxinfer.start_options import Options
@@ -116,7 +117,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
     report = StartReport(plan, model.implementation, tuple(chosen), num_programs, loaded_at - began,
                          compiled_at - loaded_at, str(cache.report))
-    engine = make_engine(executor, config, measured_drafts(executor, config, say))
+    drafts = measured_drafts(executor, config, say)
+    engine = make_engine(executor, config, drafts, remote_drafts(options, model.vocab_size))
     limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
                     max_kv_tokens=config.num_pages * config.page_size)
     intake = Intake(tokenizer, limits, defaults, chat_template=template,
@@ -164,10 +166,11 @@ def with_kv_scales(model: Decoder, loaded: loading.LoadedModel, tokenizer: Token
     return kv_scales.with_scales(loaded.params, model, kv_scales.scales(ranges, model.kv_dtype))
 
 
-def make_engine(executor: Executor, config: EngineConfig, drafts: DraftLengths | None = None) -> Engine:
+def make_engine(executor: Executor, config: EngineConfig, drafts: DraftLengths | None = None,
+                remote: RemoteDrafts | None = None) -> Engine:
     """An engine over warm programs, whose metrics count what it compiles from now on."""
     pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
-    return Engine(executor, Scheduler(config, pool, drafts=drafts), compiles=CompileCounter())
+    return Engine(executor, Scheduler(config, pool, drafts=drafts), compiles=CompileCounter(), remote=remote)
 
 
 def measured_drafts(executor: Executor, config: EngineConfig, say: Callable[[str], None]) -> DraftLengths | None:

@@ -207,6 +207,7 @@ class StepPlan:
                 decode step of one round with proposals
     cached:    (slot, first tokens of a row that begins) of rows whose pages come from the prefix cache in part, where
                the engine speculates: a drafter may want the tokens
+    proposals: (slot, position of the first, tokens) from a drafter elsewhere, entered before the step
     """
 
     step_id: int
@@ -224,6 +225,7 @@ class StepPlan:
     num_drafted: tuple[int, ...] = ()
     constrained: bool = False
     cached: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    proposals: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     @property
     def num_tokens(self) -> int:

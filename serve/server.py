@@ -20,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
+from jaxinfer.protos.v1 import draft_pb2_grpc
+from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.services import SERVICE_NAME, GenerationService
@@ -72,6 +74,8 @@ class Server:
     def __init__(self, config: ServerConfig):
         self.config = config
         self.service = GenerationService()
+        # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
+        self.drafts = DraftService()
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=CHANNEL_OPTIONS)
@@ -84,8 +88,10 @@ class Server:
     async def start(self) -> int:
         """Binds and answers health checks with NOT_SERVING; returns the port. Raises InvalidConfig."""
         pb_grpc.add_GenerationServiceServicer_to_server(self.service, self._server)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(self.drafts, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, DRAFT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self._bind(self.config.port)
         if not self.port:
@@ -97,6 +103,7 @@ class Server:
         """Serves `core` from now on; it must be warm."""
         self._core = core
         self.service.attach(core)
+        self.drafts.attach(core)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, now: asyncio.Event | None = None) -> bool:
@@ -106,12 +113,14 @@ class Server:
         """
         await self._health.enter_graceful_shutdown()
         self.service.refuse_new("the server is stopping; send the request elsewhere")
+        self.drafts.end()
         drained = await self._drain(now or asyncio.Event())
         self.service.fail_running("the server was stopped before the request was finished")
         await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
         if self._core is not None:
             await asyncio.to_thread(self._core.engine.close)
         self.service.close()
+        self.drafts.close()
         return drained
 
     async def _drain(self, now: asyncio.Event) -> bool:

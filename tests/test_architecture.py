@@ -76,9 +76,7 @@ PUBLIC_NAMES = {
     "checkpoints.families": "FAMILIES",
     "serve": "AsyncClient Client",
     "serve.protos": "",
-    "serve.protos.jaxinfer": "",
-    "serve.protos.jaxinfer.v1": "",
-}
+} | dict.fromkeys(("serve.protos.jaxinfer", "serve.protos.jaxinfer.v1", "jaxinfer.protos", "jaxinfer.protos.v1"), "")
 """`__all__` of every package; none counts as empty."""
 
 JAX_FREE_BESIDE_THE_TABLE = (

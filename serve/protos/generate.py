@@ -1,4 +1,4 @@
-"""Regenerates the stubs beside the `.proto` files: `python -m serve.protos.generate` (needs the network once).
+"""Regenerates the stubs beside all `.proto` files: `python -m serve.protos.generate` (needs the network once).
 
 The stubs are made by one fixed, old grpcio-tools: generated code refuses runtimes older than its generator, and
 protobuf serves generated code of its own major version and of the one before. So an old generator is what lets the
@@ -17,9 +17,10 @@ GENERATOR = "1.72.2"
 """grpcio-tools that makes the stubs; they then need grpcio >= this and protobuf >= 6.30.0, < 8."""
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Folder that holds the package `serve`: protoc names imports after paths below it, here `serve.protos...`."""
+"""Folder that holds the packages: protoc names imports after paths below it, here `serve.protos...`."""
 
-PROTOS = ("serve/protos/jaxinfer/v1/generation.proto",)
+PROTOS = ("serve/protos/jaxinfer/v1/generation.proto", "jaxinfer/protos/v1/draft.proto")
+"""The second is the engine's own contract with a drafter: `jaxinfer` calls that service and may not import `serve`."""
 
 
 def protoc(python: str | Path, *arguments: str) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2
 
+from jaxinfer.protos.v1 import draft_pb2, draft_pb2_grpc
 from serve.protos import generate
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 STUBS = [name.replace(".proto", suffix) for name in generate.PROTOS for suffix in SUFFIXES]
-FILE = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+FILES = [descriptor_pb2.FileDescriptorProto.FromString(one.DESCRIPTOR.serialized_pb) for one in (pb, draft_pb2)]
+SERVICERS = {"GenerationService": pb_grpc.GenerationServiceServicer,
+             "DraftService": draft_pb2_grpc.DraftServiceServicer}
 
 
 def test_the_stubs_describe_the_proto(tmp_path: Path):
@@ -20,14 +23,15 @@ def test_the_stubs_describe_the_proto(tmp_path: Path):
     if generate.installed() is None:
         pytest.skip("grpcio-tools is not installed")
     generate.protoc(sys.executable, f"--descriptor_set_out={tmp_path / 'set'}")
-    (found,) = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file
-    found.ClearField("source_code_info")
-    for field in (field for message in found.message_type for field in message.field):
-        field.ClearField("json_name")
-    assert found == FILE
-    (service,) = found.service
-    stub = pb_grpc.GenerationServiceServicer
-    assert {method.name for method in service.method} == {name for name in vars(stub) if not name.startswith("_")}
+    described = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file
+    for found in described:
+        found.ClearField("source_code_info")
+        for field in (field for message in found.message_type for field in message.field):
+            field.ClearField("json_name")
+        (service,) = found.service
+        stub = SERVICERS[service.name]
+        assert {method.name for method in service.method} == {name for name in vars(stub) if not name.startswith("_")}
+    assert list(described) == FILES
 
 
 def test_generating_again_changes_nothing(tmp_path: Path):
@@ -44,13 +48,13 @@ def test_the_stubs_name_their_generator():
 
 
 def test_the_package_is_jaxinfer_v1():
-    assert FILE.package == "jaxinfer.v1"
+    assert {file.package for file in FILES} == {"jaxinfer.v1"}
     assert pb.DESCRIPTOR.services_by_name["GenerationService"].full_name == "jaxinfer.v1.GenerationService"
 
 
 def test_every_scalar_has_presence():
     """So that 0 and unset differ."""
-    scalars = [field for message in FILE.message_type for field in message.field
+    scalars = [field for file in FILES for message in file.message_type for field in message.field
                if field.label != field.LABEL_REPEATED and field.type != field.TYPE_MESSAGE]
     assert len(scalars) > 50
     assert [field.name for field in scalars if not field.HasField("oneof_index")] == []

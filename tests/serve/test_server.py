@@ -100,7 +100,7 @@ def test_reflection_lists_and_describes_the_services(served: Served):
                  reflection_pb2.ServerReflectionRequest(file_containing_symbol=NAME)]
         listed, described = stub.ServerReflectionInfo(iter(asked))
     assert {service.name for service in listed.list_services_response.service} == {
-        NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        NAME, "jaxinfer.v1.DraftService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     file = descriptor_pb2.FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
     assert [method.name for method in file.service[0].method] == [
         "Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo", "GetLoad"]

@@ -1,0 +1,172 @@
+"""Proposals over gRPC: the stream to a `DraftService`, in a thread of its own. No jax here.
+
+What is to be sent is a state and no queue: for each row, its tokens and how many of them this stream has carried. So a
+drafter that reads slowly is sent less often, and more at a time; one that comes back is told everything again; and
+nothing grows beyond the rows that run.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from jaxinfer.protos.v1 import draft_pb2 as pb
+from jaxinfer.protos.v1 import draft_pb2_grpc as pb_grpc
+from jaxinfer.remote_drafts import Proposal
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before a connection is tried again; doubled until the drafter answers."""
+MOST_TOLD = 65_536
+"""Tokens of a message: three bytes each at most, far below the 4 MiB that a server takes."""
+CLOSE_SECONDS = 5.0
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", 16 * 1024),  # 64 proposals and their probabilities take 1 KiB
+    ("grpc.keepalive_time_ms", 20_000),  # finds a drafter whose network is gone
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.use_local_subchannel_pool", 1),  # or gRPC's own, longer pauses would outlast the channel
+)
+
+
+@dataclass(slots=True)
+class _Row:
+    """tokens: all that are known. sent: how many of them the running stream has carried."""
+
+    tokens: list[int]
+    sent: int = 0
+
+
+class DraftClient:
+    """A `remote_drafts.ProposalSource`. address: host:port. num_wanted: proposals of a row to ask for."""
+
+    def __init__(self, address: str, num_wanted: int):
+        self._address = address
+        self._num_wanted = num_wanted
+        self._changed = threading.Condition()  # guards all below
+        self._rows: dict[int, _Row] = {}
+        self._to_send: dict[int, None] = {}  # names in order, each once
+        self._arrived: dict[int, Proposal] = {}
+        self._stream = 0  # the number of the one that runs
+        self._call: grpc.Call | None = None
+        self._closed = False
+        self._answered = True  # so that the first failure is logged
+        self._thread = threading.Thread(target=self._main, name="jaxinfer-drafts", daemon=True)
+        self._thread.start()
+
+    def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
+        """See `ProposalSource`."""
+        with self._changed:
+            row = self._rows.setdefault(name, _Row([]))
+            if position != len(row.tokens):
+                raise ValueError(f"row {name} has {len(row.tokens)} tokens and gets more at {position}")
+            row.tokens += tokens
+            self._to_send[name] = None
+            self._changed.notify_all()
+
+    def forget(self, name: int) -> None:
+        with self._changed:
+            row = self._rows.pop(name, None)
+            self._arrived.pop(name, None)
+            self._to_send.pop(name, None)
+            if row is not None and row.sent:
+                self._to_send[name] = None
+                self._changed.notify_all()
+
+    def take(self) -> list[Proposal]:
+        with self._changed:
+            arrived, self._arrived = self._arrived, {}
+        return list(arrived.values())
+
+    def wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived, timeout=seconds)
+
+    def close(self) -> None:
+        """Ends the stream and the thread."""
+        with self._changed:
+            self._closed = True
+            call = self._call
+            self._changed.notify_all()
+        if call is not None:
+            call.cancel()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _main(self) -> None:
+        pause = FIRST_PAUSE
+        while not self._closed:
+            pause = FIRST_PAUSE if self._exchange() else min(2 * pause, LONGEST_PAUSE)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, timeout=pause)
+
+    def _exchange(self) -> bool:
+        """One stream, to its end; whether the drafter answered in it."""
+        answered = False
+        try:
+            with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+                for response in self._begin(pb_grpc.DraftServiceStub(channel)):
+                    answered = self._answered = True
+                    self._receive(response)
+                self._say("ended the stream")
+        except grpc.RpcError as error:
+            self._say(f"failed: {error}")
+        except Exception:  # whatever it is, requests go on without proposals
+            log.exception("a stream of proposals failed")
+        finally:
+            self._end()
+        return answered
+
+    def _say(self, what: str) -> None:
+        """One line each time that it fails after it answered."""
+        if self._answered and not self._closed:
+            log.warning("the drafter at %s %s; decoding goes on without it", self._address, what)
+        self._answered = False
+
+    def _begin(self, stub: pb_grpc.DraftServiceStub) -> Iterator[pb.DraftResponse]:
+        with self._changed:
+            self._stream += 1
+            for row in self._rows.values():
+                row.sent = 0
+            self._to_send = dict.fromkeys(self._rows)
+            self._call = call = stub.Draft(self._requests(self._stream))
+            if self._closed:
+                call.cancel()
+        return call
+
+    def _end(self) -> None:
+        with self._changed:
+            self._stream += 1
+            self._call = None
+            self._changed.notify_all()
+
+    def _requests(self, stream: int) -> Iterator[pb.DraftRequest]:
+        """On a thread of gRPC's, which asks for the next when the last is on its way."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._to_send or self._closed or self._stream != stream)
+                if self._closed or self._stream != stream:
+                    return
+                request = self._next_request()
+            yield request
+
+    def _next_request(self) -> pb.DraftRequest:
+        name = next(iter(self._to_send))
+        del self._to_send[name]
+        row = self._rows.get(name)
+        if row is None:
+            return pb.DraftRequest(sequence=name, ended=True)
+        first, row.sent = row.sent, min(row.sent + MOST_TOLD, len(row.tokens))
+        if row.sent < len(row.tokens):
+            self._to_send[name] = None
+        return pb.DraftRequest(sequence=name, position=first, token_ids=row.tokens[first:row.sent],
+                               num_wanted=self._num_wanted)
+
+    def _receive(self, response: pb.DraftResponse) -> None:
+        """Keeps the newest of each row that runs; what it is worth is judged where it is taken."""
+        with self._changed:
+            if response.sequence in self._rows:
+                self._arrived[response.sequence] = Proposal(
+                    response.sequence, response.position, tuple(response.token_ids))
+                self._changed.notify_all()

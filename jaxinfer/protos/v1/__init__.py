@@ -1,0 +1,1 @@
+"""Stubs of `draft.proto`, of the proto package `jaxinfer.v1`."""

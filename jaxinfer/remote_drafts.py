@@ -1,0 +1,198 @@
+"""Which rows a drafter elsewhere is told of, and which of its proposals still fit. No jax, no gRPC here.
+
+The engine's thread calls it, so nothing here waits but for as long as the device is busy anyway. What the source says
+is never believed: a proposal counts only for the row it names, with ids of the vocabulary, and behind tokens that the
+row really has. A source that raises is not asked again.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+from jaxinfer.sequence import NO_SLOT
+from jaxinfer.sequence import Sequence as Row
+from jaxinfer.types import StepPlan
+
+log = logging.getLogger(__name__)
+
+STEPS_AHEAD = 4
+"""Steps whose tokens a proposal may hold: the one in flight when it is made, the one that it is made for, and as many
+again, since the next proposal may be late.
+"""
+LOOK_SECONDS = 0.0005
+"""Between two looks at the device while proposals are waited for: a step of a model worth drafting for takes 10 ms."""
+TRIED_STEPS, ALL_STEPS = 32, 256
+"""Where no proposal fits for so many steps, none is waited for; of all further ones the first so many try again."""
+
+
+class Proposal(NamedTuple):
+    """Tokens that may come at `position` and behind it, in the row that was told under `name`."""
+
+    name: int
+    position: int
+    tokens: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.position + len(self.tokens)
+
+
+class ProposalSource(Protocol):
+    """Whoever proposes. No call but `wait` waits, and none comes from another thread than the engine's."""
+
+    def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
+        """More tokens of a row, the first of them at `position`; 0 begins it."""
+        ...
+
+    def forget(self, name: int) -> None:
+        """The row has ended, or waits again."""
+        ...
+
+    def take(self) -> list[Proposal]:
+        """What has arrived since the last call, the newest of each row."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Until something has arrived, at most so long."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Told:
+    """length: tokens of the row that were told. latest: the newest proposal, while it fits. entered: on the device."""
+
+    name: int
+    length: int = 0
+    latest: Proposal | None = None
+    entered: bool = False
+
+
+def num_ahead(num_drafted: int) -> int:
+    """How many proposals of a row are kept (Y): what STEPS_AHEAD steps of one round can use up."""
+    return STEPS_AHEAD * (num_drafted + 1)
+
+
+class RemoteDrafts:
+    """The rows of one engine, as its source knows them. num_kept: proposals of a row that the device takes."""
+
+    def __init__(self, source: ProposalSource, vocab_size: int, num_kept: int):
+        self._source = source
+        self._vocab_size = vocab_size
+        self._num_kept = num_kept
+        self._told: dict[Row, _Told] = {}
+        self._next_name = 0
+        self._num_plans = 0
+        self._useful_at = 0  # the plan that entered a proposal last
+        self._broken = False
+        self._counts: Counter[str] = Counter()
+
+    def counts(self) -> dict[str, int]:
+        """Proposals entered, and those that were not: late (the row had gone past them), wrong (it went elsewhere),
+        malformed.
+        """
+        return {kind: self._counts[kind] for kind in ("entered", "late", "wrong", "malformed")}
+
+    def tell(self) -> None:
+        """What rows have said since they were told of; and that some run no more."""
+        self.forget_ended()
+        for row, told in self._told.items():
+            if len(row.tokens) > told.length:
+                self._ask(self._source.tell, told.name, told.length, row.tokens[told.length:])
+                told.length = len(row.tokens)
+                if told.latest is not None and self._judge(row, told.latest) != "entered":
+                    told.latest = None
+
+    def _begin(self, rows: list[Row]) -> None:
+        new = [row for row in rows if row not in self._told]
+        for row in new:
+            self._told[row] = _Told(self._next_name)
+            self._next_name += 1
+        if new:
+            self.tell()
+
+    def forget_ended(self) -> None:
+        """Rows that ended, were cancelled or wait again."""
+        for row in [row for row in self._told if row.finished or row.slot == NO_SLOT]:
+            self._ask(self._source.forget, self._told.pop(row).name)
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether proposals fit of late, or it is time to look again whether they do."""
+        return (self._num_plans - self._useful_at) % ALL_STEPS < TRIED_STEPS and not self._broken
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Until every row has a proposal that goes on behind its next token; at most until the device `is_done`."""
+        while not is_done():
+            self._collect()
+            if self._broken or all(told.latest is not None and told.latest.end > told.length + 1
+                                   for told in self._told.values()):  # fmt: skip
+                return
+            self._ask(self._source.wait, LOOK_SECONDS)
+
+    def _collect(self) -> None:
+        arrived = self._ask(self._source.take)
+        if not arrived:
+            return
+        rows = {told.name: row for row, told in self._told.items()}
+        for one in arrived:
+            row = rows.get(one.name)
+            if row is not None:
+                kind = self._judge(row, one)
+                if kind == "entered":
+                    self._told[row].latest, self._told[row].entered = one, False
+                else:
+                    self._counts[kind] += 1
+
+    def with_proposals(self, plan: StepPlan, rows: list[Row]) -> StepPlan:
+        """The plan, with what has arrived for its decode rows where it drafts; rows that are new are told of.
+
+        rows: the plan's.
+        """
+        self._begin(rows)
+        self._collect()
+        self._num_plans += 1
+        if not plan.num_drafted:
+            return plan
+        found = tuple(entry for row in rows[:plan.num_decode_rows] if (entry := self._entry(row)))
+        if found:
+            self._useful_at = self._num_plans
+        return replace(plan, proposals=found)
+
+    def _entry(self, row: Row) -> tuple[int, int, tuple[int, ...]] | None:
+        """Slot, position and tokens of a new proposal: what lies behind the row's known tokens."""
+        told, length = self._told[row], len(row.tokens)
+        if told.latest is None or told.entered:
+            return None
+        told.entered = True
+        self._counts["entered"] += 1
+        done = length - told.latest.position
+        return row.slot, length, tuple(told.latest.tokens[done:done + self._num_kept])
+
+    def _judge(self, row: Row, one: Proposal) -> str:
+        """What is to become of a proposal: "entered", or the reason against it."""
+        done = len(row.tokens) - one.position
+        if one.position < 0 or done < 0 or not one.tokens:
+            return "malformed"
+        if min(one.tokens) < 0 or max(one.tokens) >= self._vocab_size:
+            return "malformed"
+        if done >= len(one.tokens):
+            return "late"
+        return "entered" if list(one.tokens[:done]) == row.tokens[one.position:] else "wrong"
+
+    def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
+        if self._broken:
+            return None
+        try:
+            return call(*args)
+        except Exception:
+            log.exception("the source of proposals failed; from now on nothing is drafted")
+            self._broken = True
+            return None
+
+    def close(self) -> None:
+        self._source.close()
