@@ -53,21 +53,23 @@ class Size:
 
 
 FULL = Size(1000, 1024, {"model": "demo", "max_num_seqs": 64, "max_model_len": 1088, "max_num_batched_tokens": 256})
-QUICK = Size(24, 48, {"model": "demo-draft", "max_num_seqs": 8, "max_model_len": 128, "max_num_batched_tokens": 32})
+QUICK = Size(12, 48, {"model": "demo-draft", "max_num_seqs": 2, "max_model_len": 128, "max_num_batched_tokens": 16})
 
 
 def drawn(count: int) -> list[Schema]:
-    """Always the same schemas."""
-    found: list[Schema] = []
+    """So many, no two alike; the same as long as this code and hypothesis are."""
+    found: dict[str, Schema] = {}
 
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+    @settings(max_examples=3 * count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(schemas())
     def note(schema: Schema) -> None:
-        found.append(schema)
+        found.setdefault(json.dumps(schema), schema)
 
     note()
-    return found
+    if len(found) < count:
+        raise RuntimeError(f"only {len(found)} of {count} schemas differ")
+    return list(found.values())[:count]
 
 
 @dataclass(slots=True)
@@ -137,12 +139,13 @@ def requests(llm: LLM, wanted: Iterable[Schema], max_tokens: int) -> Iterator[As
 
 
 def endings(llm: LLM, asked: Sequence[Asked]) -> Counter[str]:
-    """How many ended in which way; invalid outputs are printed."""
+    """How many ended in which way; refusals and invalid outputs are printed."""
     found: Counter[str] = Counter()
     running: dict[str, tuple[Schema, Assembler]] = {}
     inbox = Inbox()
     for schema, request in asked:
         if isinstance(request, InvalidRequest):
+            print(f"refused: {str(request)[:160]}", file=sys.stderr)
             found[REFUSED if request.field.startswith("structured_outputs") else INVALID] += 1
         else:
             running[request.id] = schema, Assembler(request, llm.core.tokenizer)
