@@ -105,6 +105,9 @@ class Clocked:
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
         timed(self.seconds, "pack", self.runner.sample)(step, masks)
 
+    def is_ready(self, step: InFlight) -> bool:
+        return self.runner.is_ready(step)
+
     def read(self, step: InFlight) -> StepResult:
         return timed(self.seconds, "read", self.runner.read)(step)
 

@@ -42,6 +42,9 @@ class Recorder:
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
         raise ValueError("a step with grammars cannot be played again: its masks are not noted")
 
+    def is_ready(self, step: InFlight) -> bool:
+        return self.runner.is_ready(step)
+
     def read(self, step: InFlight) -> StepResult:
         began = time.perf_counter()
         step.result.block_until_ready()
