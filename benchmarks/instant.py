@@ -96,9 +96,6 @@ class Clocked:
         self.kind = plan.kind
         return timed(self.seconds, "pack", self.runner.dispatch)(plan)
 
-    def is_ready(self, step: InFlight) -> bool:
-        return self.runner.is_ready(step)
-
     def proposed(self, step: InFlight) -> list[list[int]] | None:
         return self.runner.proposed(step)
 

@@ -33,9 +33,6 @@ class Recorder:
         self.results.append(step.result)
         return step
 
-    def is_ready(self, step: InFlight) -> bool:
-        return self.runner.is_ready(step)
-
     def proposed(self, step: InFlight) -> list[list[int]] | None:
         return self.runner.proposed(step)
 
