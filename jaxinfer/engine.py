@@ -4,7 +4,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,8 +56,6 @@ class Engine:
         self.scheduler = scheduler
         self._compiles = compiles
         self._remote = remote
-        self._config = scheduler.config
-        self._single = replace(scheduler.config, max_decode_rounds=1)
         self._clock = clock
         self._in_flight: InFlight | None = None
         self._masks = Masks()
@@ -103,7 +100,7 @@ class Engine:
     def _step(self) -> list[TokenChunk]:
         if self._remote is not None:
             self._await_proposals(self._remote)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(single=self._remote is not None and self._remote.is_useful)
         if plan and self._remote is not None:
             plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
         dispatched = self.runner.dispatch(plan) if plan else None
@@ -118,7 +115,6 @@ class Engine:
         then. While they come, a step has one round: what they must foresee is what the step in flight says.
         """
         step = self._in_flight
-        self.scheduler.config = self._single if remote.is_useful else self._config
         if step is not None and remote.is_useful:
             remote.wait(lambda: self.runner.is_ready(step))
 

@@ -10,10 +10,11 @@ ON_DEVICE: tuple[int, ...] = ()
 
 
 class Planning:
-    """Decode rows, then chunks as (sequence, first position, end position)."""
+    """Decode rows, then chunks as (sequence, first position, end position). single: rounds are not fused."""
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, single: bool = False):
         self.budget = budget
+        self.single = single
         self.rounds = 1
         self.drafts = False
         self.decodes: list[Sequence] = []

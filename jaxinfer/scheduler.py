@@ -162,9 +162,9 @@ class Scheduler:
 
     # ---- plan
 
-    def plan(self) -> StepPlan | None:
-        """The next step, which counts as dispatched; None when nothing can be planned before a commit."""
-        plan = Planning(self.config.max_num_batched_tokens)
+    def plan(self, *, single: bool = False) -> StepPlan | None:
+        """The next step, of one round if `single`; it counts as dispatched. None if nothing can be planned yet."""
+        plan = Planning(self.config.max_num_batched_tokens, single)
         self._plan_decodes(plan)
         self._plan_chunks(plan)
         if self._waiting and not plan.lacked_pages:
@@ -181,7 +181,7 @@ class Scheduler:
             rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
         if not rows:
             return
-        if not (self._waiting or self._num_prefilling or self._num_constrained):
+        if not (plan.single or self._waiting or self._num_prefilling or self._num_constrained):
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
         if self._drafts and not self._num_prefilling:
             self._drafts.choose(rows, plan.rounds, sampler_of(rows))

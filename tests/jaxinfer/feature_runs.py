@@ -100,8 +100,8 @@ def run(executor: Executor, tokenizer: Tokenizer | None, batches: Iterable[list[
 def record_plans(engine: Engine) -> list[StepPlan]:
     plans, dispatch = [], engine.scheduler.plan
 
-    def plan():
-        made = dispatch()
+    def plan(**options):
+        made = dispatch(**options)
         plans.extend([made] if made else [])
         return made
 
