@@ -131,8 +131,9 @@ def pack_rules(slot: int, ruled: Ruled, vocab_size: int) -> np.ndarray:
     if rules.allowed is not None:
         bias[:] = -np.inf
         bias[list(rules.allowed)] = 0.0
-    for id_, value in rules.bias:
-        bias[id_] += value
+    if rules.bias:
+        ids, values = zip(*rules.bias, strict=True)
+        np.add.at(bias, np.asarray(ids), np.asarray(values, np.float32))
     counts[:] = np.bincount(np.asarray(ruled.output, np.int32), minlength=vocab_size)
     counts[np.asarray(ruled.prompt, np.int32)] |= IN_PROMPT
     bad_words[:] = recent[:] = -1

@@ -101,6 +101,11 @@ class DraftClient:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=pause)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the stream that runs has brought an answer."""
+        return self._answered
+
     def _exchange(self) -> bool:
         """One stream, to its end; whether the drafter answered in it."""
         answered = False

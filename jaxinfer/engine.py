@@ -91,13 +91,14 @@ class Engine:
 
         Raises StepFailed when steps keep failing; a single failure is recomputed and costs time only.
         """
+        chunks: list[TokenChunk] = []  # what was committed before a failure is told all the same
         try:
-            return self._step()
+            self._step(chunks)
         except Exception as error:
             self._recover(error)
-            return []
+        return chunks
 
-    def _step(self) -> list[TokenChunk]:
+    def _step(self, chunks: list[TokenChunk]) -> None:
         if self._remote is not None:
             self._await_proposals(self._remote)
         plan = self.scheduler.plan(single=self._remote is not None and self._remote.is_useful)
@@ -105,10 +106,10 @@ class Engine:
             plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
-        chunks = [] if finished is None else self._commit(finished)
+        if finished is not None:
+            chunks += self._commit(finished)
         if dispatched is not None and dispatched.unfinished is not None:
             chunks += self._sample(dispatched, dispatched.unfinished)
-        return chunks
 
     def _await_proposals(self, remote: RemoteDrafts) -> None:
         """Proposals for the next step are useful until the device is done with the one in flight; the step is planned

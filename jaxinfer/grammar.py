@@ -5,12 +5,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jaxinfer.errors import GrammarFailed, InvalidRequest, Overloaded
+from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
 from jaxinfer.grammar_check import DEFAULT_BOUNDS, Bounds, GrammarCheck, first_problem
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.grammar_vocabulary import Vocabulary
@@ -30,6 +30,7 @@ MAX_WAITING = 64
 MAX_WAIT_SECONDS = 30.0
 MAX_KEPT = 32
 """Compiled grammars kept; a hostile one may hold some 25 MB of lexer states."""
+CLOSED = "the server is stopping; send the request elsewhere"
 MAX_REBUILD_SECONDS = 0.1
 """A grammar that took longer to compile is not compiled again on the engine's thread."""
 
@@ -104,8 +105,10 @@ class Grammars:
         self._eos_ids = tuple(eos_ids)
         self._bounds = bounds
         self._lock = threading.Lock()
+        self._building = threading.Lock()
         self._kept: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
         self._num_waiting = 0
+        self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._checks: list[GrammarCheck] = []
         self._free: list[GrammarCheck] = []
@@ -126,10 +129,16 @@ class Grammars:
 
         Raises InvalidRequest for what cannot be compiled and Overloaded when too many are waiting.
         """
+        future = self.submit(wanted)
         try:
-            return self.submit(wanted).result(MAX_WAIT_SECONDS)
+            error = future.exception(MAX_WAIT_SECONDS)
         except FutureTimeout:
             raise Overloaded(f"no grammar could be compiled for {MAX_WAIT_SECONDS:g} s; try again later") from None
+        except CancelledError:
+            raise EngineClosed(CLOSED) from None
+        if isinstance(error, _Refused):  # each caller's own: a kept one would hold on to every caller's frames
+            raise _Refused(error.kind, error.problem, error.is_certain)
+        return future.result()
 
     def submit(self, wanted: StructuredOutput) -> "Future[CompiledGrammar]":
         """The same without waiting. Raises at once what `compile` would raise at once."""
@@ -141,6 +150,8 @@ class Grammars:
             if found is not None and _is_good(found):
                 self._kept.move_to_end(wanted)
                 return found
+            if self._closed:
+                raise EngineClosed(CLOSED)
             if self._num_waiting >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} grammars are waiting to be compiled, which is the limit; "
                                  "try again later")
@@ -155,6 +166,7 @@ class Grammars:
     def close(self) -> None:
         """Ends the workers and their processes."""
         with self._lock:
+            self._closed = True
             pool, self._pool = self._pool, None
             checks, self._checks, self._free = self._checks, [], []
             self._kept.clear()
@@ -167,8 +179,13 @@ class Grammars:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary.of(self._source, self._vocab_size, self._eos_ids)
 
-    @cached_property
+    @property
     def _tokenizer(self) -> "llguidance.LLTokenizer":
+        with self._building:  # at large vocabularies it takes seconds: not twice
+            return self._built
+
+    @cached_property
+    def _built(self) -> "llguidance.LLTokenizer":
         return make_tokenizer(self._vocabulary.table, self._eos_ids)
 
     def _compiled(self, wanted: StructuredOutput) -> CompiledGrammar:
@@ -226,4 +243,6 @@ def _is_good(future: "Future[CompiledGrammar]") -> bool:
 class _Refused(InvalidRequest):
     def __init__(self, kind: str, problem: str, is_certain: bool):
         super().__init__(f"{FIELD}.{kind}", f"cannot be compiled: {problem}")
+        self.kind = kind
+        self.problem = problem
         self.is_certain = is_certain

@@ -108,6 +108,14 @@ class Matcher:
                 raise self._failure(f"token {id} is not legal after {self.num_tokens} tokens")
             self._num_ends += 1
 
+    def advance_to_end(self, tokens: Sequence[int]) -> int:
+        """Takes in tokens up to the first behind which nothing but end-of-sequence may follow; how many those are."""
+        for count, id in enumerate(tokens, 1):
+            self.advance((id,))
+            if self.is_finished:
+                return count
+        return len(tokens)
+
     def rollback(self, num_tokens: int) -> None:
         """Takes the last tokens back. Raises ValueError when there are not so many."""
         if not 0 <= num_tokens <= self.num_tokens:

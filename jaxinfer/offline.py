@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import os
 import queue
 import time
@@ -15,13 +16,15 @@ from tqdm.auto import tqdm
 from jaxinfer import startup
 from jaxinfer.assembly import Assembler
 from jaxinfer.core import Core
-from jaxinfer.errors import EngineClosed, InvalidRequest, Overloaded
+from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
 from jaxinfer.intake import Prompt
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
 from jaxinfer.start_options import Options
 from jaxinfer.types import Request, SamplingParams, TokenChunk
 from jaxinfer.validation import checked_scored, shown
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.02
 """Pause of a `generate` that finds the queue full of other callers' requests."""
@@ -285,6 +288,9 @@ class _Batch:
     def _collect(self) -> Iterator[Request]:
         for chunk in self._inbox.chunks.get():
             assembler = self.assemblers[chunk.request_id]
+            if isinstance(chunk.error, GrammarFailed):  # this sample's alone: it ends with finish_reason "error"
+                log.warning("%s: %s", chunk.request_id, chunk.error)
+                chunk.error = None
             _feed(self._core, assembler, chunk)
             if assembler.finished and chunk.request_id in self._outstanding:
                 self._outstanding.discard(chunk.request_id)

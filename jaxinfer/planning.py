@@ -92,6 +92,15 @@ def num_missing(plan: Planning, short: Iterable[Sequence], page_size: int) -> in
     return sum(-(-min(seq.planned + plan.most_tokens(seq), seq.end) // page_size) - len(seq.pages) for seq in short)
 
 
+def decode_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
+                ) -> StepPlan:
+    """As `prefill_plan`."""
+    (slots, starts, sampler), count = decodes, len(plan.decodes)
+    drafted = tuple(seq.num_drafted for seq in plan.decodes) if plan.drafts else ()
+    return StepPlan(step_id, StepKind.DECODE, plan.rounds, sampler, tuple(slots), (ON_DEVICE,) * count, tuple(starts),
+                    (True,) * count, (), tuple(plan.new_pages), num_drafted=drafted, constrained=constrained)
+
+
 def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
                  ) -> StepPlan:
     """decodes: what `advance` says of the decode rows. constrained: whether a running row has a grammar."""

@@ -59,6 +59,11 @@ class ProposalSource(Protocol):
         """Until something has arrived, at most so long."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers at present."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -123,7 +128,8 @@ class RemoteDrafts:
     @property
     def is_useful(self) -> bool:
         """Whether proposals fit of late, or it is time to look again whether they do."""
-        return (self._num_plans - self._useful_at) % ALL_STEPS < TRIED_STEPS and not self._broken
+        lately = (self._num_plans - self._useful_at) % ALL_STEPS < TRIED_STEPS
+        return lately and not self._broken and self._source.is_alive
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Until every row has a proposal that goes on behind its next token; at most until the device `is_done`."""

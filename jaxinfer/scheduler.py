@@ -22,10 +22,10 @@ from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
 from jaxinfer.planning import (
-    ON_DEVICE,
     Planning,
     advance,
     advance_speculating,
+    decode_plan,
     most_left,
     num_missing,
     prefill_plan,
@@ -288,12 +288,8 @@ class Scheduler:
         return True
 
     def _issue_decode(self, plan: Planning) -> StepPlan:
-        rows, rounds = plan.decodes, plan.rounds
-        slots, starts, sampler = self._advance(rows, rounds, plan.drafts)
-        drafted = tuple(seq.num_drafted for seq in rows) if plan.drafts else ()
-        return StepPlan(self._fly(rows), StepKind.DECODE, rounds, sampler, tuple(slots), (ON_DEVICE,) * len(rows),
-                        tuple(starts), (True,) * len(rows), (), tuple(plan.new_pages), num_drafted=drafted,
-                        constrained=self._num_constrained > 0)
+        decodes = self._advance(plan.decodes, plan.rounds, plan.drafts)
+        return decode_plan(plan, self._fly(plan.decodes), decodes, constrained=self._num_constrained > 0)
 
     def _advance(self, rows: list[Sequence], rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
         return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)
@@ -340,7 +336,7 @@ class Scheduler:
             else:  # most rows of most steps
                 chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
             if logprobs is not None and seq.num_logprobs is not None:
-                chunk.logprobs = [one.trimmed(seq.num_logprobs) for one in logprobs[row]]
+                chunk.logprobs = [one.trimmed(seq.num_logprobs) for one in logprobs[row][:len(chunk.token_ids)]]
             chunks.append(chunk)
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
@@ -356,10 +352,10 @@ class Scheduler:
 
     def _take_in(self, seq: Sequence, ids: list[int], stops: bool, now: float) -> TokenChunk:
         """The chunk of a row's new tokens that end it or are its first since it started."""
-        if stops or len(seq.tokens) > seq.end:
+        if seq.matcher is not None:
+            chunk = self._match(seq, seq.matcher, ids, stops, now)
+        elif stops or len(seq.tokens) > seq.end:
             chunk = self._end_by_tokens(seq, ids, now)
-        elif seq.matcher is not None:
-            chunk = self._match(seq, seq.matcher, ids, now)
         else:
             chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
         if not seq.stats.first_token:
@@ -370,14 +366,17 @@ class Scheduler:
         seq.quiet_until = seq.end if seq.matcher is None else 1
         return chunk
 
-    def _match(self, seq: Sequence, matcher: Matcher, ids: list[int], now: float) -> TokenChunk:
-        """The chunk of new tokens of a row with a grammar, which ends where nothing may follow."""
+    def _match(self, seq: Sequence, matcher: Matcher, ids: list[int], stops: bool, now: float) -> TokenChunk:
+        """The chunk of a row with a grammar: it ends where nothing may follow, whatever a round has brought behind."""
         try:
-            matcher.advance(ids)
+            kept = matcher.advance_to_end(ids)
         except GrammarFailed as error:
             return self.fail(seq, error, now, ids)
-        if matcher.is_finished:
-            return self._end(seq, ids, "stop", now)
+        if kept < len(ids) or (matcher.is_finished and ids[-1] not in seq.stop_ids):
+            del seq.tokens[len(seq.tokens) - len(ids) + kept:]
+            return self._end(seq, ids[:kept], "stop", now)
+        if stops or len(seq.tokens) > seq.end:
+            return self._end_by_tokens(seq, ids, now)
         return TokenChunk(seq.request_id, seq.sample_index, ids)
 
     def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:

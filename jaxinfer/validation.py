@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import numbers
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,12 +259,15 @@ def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
     _float("repetition_penalty", params.repetition_penalty, MIN_REPETITION, MAX_PENALTY, hint="1 switches it off")
     _check_logit_bias(params, limits)
     for name in ("allowed_token_ids", "banned_token_ids"):
-        if getattr(params, name) is not None:
-            _known_ids(name, getattr(params, name), limits.vocab_size)
+        ids = getattr(params, name)
+        if ids is not None:
+            _check_count(name, ids, limits.vocab_size)
+            _known_ids(name, ids, limits.vocab_size)
     _check_bad_words(params, limits)
 
 
 def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
+    _check_count("logit_bias", params.logit_bias or (), limits.vocab_size)
     try:
         items = bias_items(params)
         ids = _plain_ids("logit_bias", [id_ for id_, _ in items])
@@ -275,6 +278,12 @@ def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
         raise InvalidRequest("logit_bias", "names a token id twice; give each id once")
     for id_, value in items:
         _float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, hint=f"token {id_}; banned_token_ids forbids one")
+
+
+def _check_count(field: str, value: Any, vocab_size: int) -> None:
+    """Before each is looked at: a long list of repeats would take a while."""
+    if isinstance(value, Sized) and len(value) > vocab_size:
+        raise InvalidRequest(field, f"has {len(value)} ids, more than the vocabulary, {vocab_size}; give each id once")
 
 
 def _check_bad_words(params: SamplingParams, limits: Limits) -> None:

@@ -51,7 +51,7 @@ class Stream:
     def put(self, chunk: TokenChunk) -> None:
         """Takes what the engine emitted."""
         if chunk.error is not None:
-            self._end(chunk.error)
+            self.fail(chunk.error)  # the other samples with it
         elif chunk.index in self._running:
             try:
                 self._news |= self._consume(chunk)

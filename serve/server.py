@@ -119,6 +119,7 @@ class Server:
         await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
         if self._core is not None:
             await asyncio.to_thread(self._core.engine.close)
+            await asyncio.to_thread(self._core.intake.close)
         self.service.close()
         self.drafts.close()
         return drained

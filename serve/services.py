@@ -201,7 +201,10 @@ async def read_request(intake: Intake, message: pb.GenerateRequest, grammar_thre
     if message.sampling.HasField("structured_outputs"):
         return await asyncio.get_running_loop().run_in_executor(grammar_threads, make)
     # Chat templates run in a child process, which takes about a millisecond whatever their size.
-    return await offloaded(INLINE_CHARS + 1 if message.HasField("chat") else len(prompt), make)
+    size = INLINE_CHARS + 1 if message.HasField("chat") else len(prompt)
+    sampling = message.sampling
+    size += len(sampling.allowed_token_ids) + len(sampling.banned_token_ids) + len(sampling.logit_bias)
+    return await offloaded(size, make)
 
 
 async def offloaded[**P, R](size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

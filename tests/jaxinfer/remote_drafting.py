@@ -39,6 +39,8 @@ def engine_of(executor: Executor, source: ProposalSource) -> Engine:
 class Counting:
     """Proposes what will come, at once. late: it answers what it was told so many times before."""
 
+    is_alive = True
+
     def __init__(self, late: int = 0):
         self.rows: dict[int, list[int]] = {}
         self.ended: set[int] = set()

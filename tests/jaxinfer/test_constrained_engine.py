@@ -13,6 +13,8 @@ from jsonschema import Draft202012Validator
 from benchmarks.json_schemas import schemas
 from jaxinfer import LLM, InvalidRequest, SamplingParams, StructuredOutput, startup
 from jaxinfer.draft_lengths import DraftLengths
+from jaxinfer.errors import GrammarFailed
+from jaxinfer.grammar_matcher import Matcher
 
 PEOPLE = {
     "type": "object", "additionalProperties": False, "required": ["name", "age"],
@@ -72,16 +74,66 @@ def test_each_row_follows_its_own_grammar_and_others_are_not_touched(llm):
 
 
 def test_drafting_changes_nothing(llms):
-    """Proposals are made for rows with a grammar too, illegal ones among them, and some are kept."""
-    kinds = [StructuredOutput(json=PEOPLE), StructuredOutput(regex=r"(ab|ba|0[0-9]){8,20}"), None]
+    """Proposals are made for rows with a grammar too, illegal ones among them, and some are kept. An output that its
+    grammar closes has no end-of-sequence behind it, though a round may have brought one.
+    """
+    kinds = [StructuredOutput(json=PEOPLE), StructuredOutput(regex=r"(ab|ba|0[0-9]){8,20}"),
+             StructuredOutput(regex="[a-z]{1,9}x*"), StructuredOutput(choice=("aaaaaaaa",)), None]  # fmt: skip
     params = [SamplingParams(temperature=temperature, seed=5, max_tokens=60, structured_outputs=kind, logprobs=1,
                              presence_penalty=temperature / 2) for kind in kinds for temperature in (0.0, 0.8)]
-    drafting = llms("draft_model")
+    drafting, prompts = llms("draft_model"), ["def number("] * len(params)
     before = drafting.metrics()
-    assert answers(drafting, params) == answers(llms(None), params)
+    found, wanted = (one.generate(prompts, params, use_tqdm=False) for one in (drafting, llms(None)))
+    for one, other in zip(found, wanted, strict=True):
+        (one,), (other,) = one.outputs, other.outputs
+        assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+        assert len(one.logprobs) == len(one.token_ids)
     after = drafting.metrics()
     made, kept = (after[name] - before[name] for name in ("draft_tokens", "accepted_tokens"))
     assert 0 < kept < made
+
+
+@pytest.mark.parametrize("fail_at", range(5))
+def test_a_step_that_fails_between_its_halves_loses_nothing(llm, fail_at):
+    """What was committed before is told, and every row goes on from its tokens."""
+    params = [SamplingParams(temperature=0.0, max_tokens=4 + index, structured_outputs=kind) for index, kind in
+              enumerate([None, StructuredOutput(regex="[0-9]{9,}"), None])]  # fmt: skip
+    wanted = answers(llm, params)
+    counts = iter(range(10**6))
+
+    def breaking(engine):
+        sample = engine.runner.sample
+
+        def failing(step, masks):
+            if next(counts) == fail_at:
+                raise RuntimeError("injected")
+            sample(step, masks)
+
+        engine.runner.sample = failing
+
+    llm.core.engine.run(breaking)
+    try:
+        assert answers(llm, params) == wanted
+        assert next(counts) > fail_at
+    finally:
+        llm.core.engine.run(lambda engine: delattr(engine.runner, "sample"))
+        llm.core.engine.run(lambda engine: engine._failures.clear())
+
+
+def test_a_grammar_that_fails_at_work_ends_its_sample_alone(llms, monkeypatch):
+    advance = Matcher.advance
+
+    def failing(self, tokens):
+        if self.grammar.kind == "regex" and self.num_tokens == 2:
+            raise GrammarFailed("structured_outputs.regex", "broke a limit")
+        advance(self, tokens)
+
+    monkeypatch.setattr(Matcher, "advance", failing)
+    kinds = [StructuredOutput(regex="[0-9]{9}"), StructuredOutput(choice=("one", "two")), None]
+    params = [SamplingParams(temperature=0.0, max_tokens=9, structured_outputs=kind) for kind in kinds]
+    first, *others = llms(None).generate(["def number("] * 3, params, use_tqdm=False)
+    assert first.outputs[0].finish_reason == "error"
+    assert {one.outputs[0].finish_reason for one in others} <= {"stop", "length"}
 
 
 def test_preempted_rows_and_samples_go_on_where_they_were(llm):

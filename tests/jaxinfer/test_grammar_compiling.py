@@ -10,7 +10,7 @@ import pytest
 from grammar_walks import legal
 
 import checkpoints.demo
-from jaxinfer.errors import GrammarFailed, InvalidRequest, Overloaded
+from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
 from jaxinfer.grammar import MAX_KEPT, MAX_WAITING, Grammars
 from jaxinfer.grammar_check import Bounds
 from jaxinfer.grammar_masks import MaskFiller
@@ -143,6 +143,23 @@ def test_a_compiled_grammar_is_kept(grammars, tokenizer):
     for i in range(MAX_KEPT + 1):
         grammars.compile(StructuredOutput(regex=f"x{{{i + 1}}}"))
     assert grammars.compile(wanted) is not found
+
+
+def test_a_bad_grammar_is_refused_to_everyone_by_an_error_of_its_own(grammars):
+    """A shared one would keep the frames, and so the prompts, of all who ever met it."""
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(InvalidRequest) as caught:
+            grammars.compile(StructuredOutput(regex="(never closed"))
+        lengths.append(len(caught.traceback))
+    assert len(set(lengths)) == 1
+
+
+def test_nothing_is_compiled_after_the_end(tokenizer):
+    grammars = Grammars(tokenizer, V, [0])
+    grammars.close()
+    with pytest.raises(EngineClosed):
+        grammars.compile(StructuredOutput(regex="a"))
 
 
 def test_many_threads_compile_one_grammar_once(grammars):

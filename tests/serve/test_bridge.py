@@ -163,6 +163,20 @@ def test_errors_come_after_what_was_there():
     run(test)
 
 
+def test_an_error_of_one_sample_ends_the_others_too():
+    async def test() -> None:
+        it = Bridged()
+        stream = it.open("x", n=3)
+        failed = it.engine.rows.pop((stream.request.id, 1))
+        error = StepFailed("its own")
+        failed.consumer.deliver([TokenChunk(stream.request.id, 1, [], finish_reason="error", error=error)])
+        with pytest.raises(StepFailed, match="its own"):
+            await stream.wait()
+        assert it.engine.cancelled == [("x", None)] and not it.engine.rows
+
+    run(test)
+
+
 def test_a_failing_consumer_fails_its_own_request():
     async def test() -> None:
         it = Bridged()
