@@ -101,6 +101,18 @@ def test_tokens_follow_the_target(drafter, sampler, seeded):
     assert ((tokens >= 0).sum(axis=1) == counts).all()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_drafter_that_knows_nothing_of_a_grammar_changes_nothing(known):
+    """The target may not say some tokens, the drafter proposes them all the same."""
+    drafted = off_by(target_logits(1), 0.7)
+    logits = target_logits(2)
+    logits[:, [1, 4, 7]] = -np.inf
+    kept = speculate(logits, drafted, make_rows(DRAWS), form=SamplerForm.SIMPLE, known=known)
+    tokens, counts = np.asarray(kept.tokens), np.asarray(kept.count)
+    assert chi_square(tokens[:, 0], expected(logits[0])) < LIMIT
+    assert chi_square(tokens[counts == 2, 1], expected(logits[1])) < LIMIT
+
+
 @pytest.mark.parametrize("error", DRAFTERS.values())
 def test_given_tokens_follow_the_target(error):
     """Without the drafter's distribution: what it proposes is kept with the target's own probability of it."""
