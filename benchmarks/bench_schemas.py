@@ -88,14 +88,22 @@ class Clocked:
     def dispatch(self, plan: StepPlan) -> InFlight:
         return self.runner.dispatch(plan)
 
-    def of(self, plan: StepPlan, rows: list[Any]) -> tuple[np.ndarray, dict[int, GrammarFailed]]:
+    def of(self, plan: StepPlan, rows: list[Any], shape: tuple[int, ...], proposed: list[list[int]] | None
+           ) -> tuple[np.ndarray, dict[int, GrammarFailed]]:
         began = time.perf_counter()
-        found = self.masks.of(plan, rows)
+        found = self.masks.of(plan, rows, shape, proposed)
         self.masked = sum(seq.matcher is not None for seq in rows), time.perf_counter() - began
         return found
 
+    def proposed(self, step: InFlight) -> list[list[int]] | None:
+        return self.runner.proposed(step)
+
+    def is_ready(self, step: InFlight) -> bool:
+        return self.runner.is_ready(step)
+
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
-        jax.block_until_ready(step.result)
+        if step.unfinished is not None:
+            jax.block_until_ready(step.unfinished.arguments)
         if not any(step.plan.tokens):  # decode rows alone
             self.steps.append((*self.masked, time.perf_counter() - self.read_at))
         self.runner.sample(step, masks)

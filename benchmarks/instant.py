@@ -114,9 +114,9 @@ class Clocked:
 
 def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose CPU time is added to `seconds[name]`."""
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **options: Any) -> Any:
         began = time.thread_time()
-        result = function(*arguments)
+        result = function(*arguments, **options)
         seconds[name] += time.thread_time() - began
         return result
 

@@ -30,7 +30,7 @@ from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, RequestStats, SamplingParams, StepPlan
 from jaxinfer.validation import Limits, stop_strings
 
-CONFIG = small_config(max_num_seqs=8, num_pages=190, row_buckets=(8,), max_decode_rounds=3)
+CONFIG = small_config(max_num_seqs=8, num_pages=190, row_buckets=(8,), max_decode_rounds=3, grammars=True)
 DRAFTED = 3
 DRAFTERS = ("none", "draft model", "prompt lookup")
 

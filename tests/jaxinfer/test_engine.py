@@ -36,8 +36,8 @@ def test_decode_rounds_are_fused_only_while_nobody_waits(executor):
 def record_plans(engine):
     plans, plan = [], engine.scheduler.plan
 
-    def recording():
-        made = plan()
+    def recording(**options):
+        made = plan(**options)
         if made is not None:
             plans.append((made, engine.scheduler.num_waiting))
         return made

@@ -27,7 +27,7 @@ def test_a_step_of_the_smallest_size_computes_for_about_as_long_as_it_reads(chip
 
 
 def test_other_devices_pay_for_every_row():
-    assert smallest_steps(Device("cpu", "cpu"), None) == SmallestSteps(64, 2)
+    assert smallest_steps(Device("cpu", "cpu"), None) == SmallestSteps(8, 2)
 
 
 @pytest.mark.parametrize("largest", [*range(1, 70), 100, 128, 200, 256, 300, 512, 1000, 4096])
