@@ -23,9 +23,9 @@ from benchmarks.workloads import is_quick
 from jaxinfer.grammar import CompiledGrammar, Grammars
 from jaxinfer.grammar_masks import MaskFiller
 from jaxinfer.grammar_matcher import Matcher
-from jaxinfer.grammar_vocabulary import ids_of, num_words
+from jaxinfer.grammar_vocabulary import ids_of
 from jaxinfer.tokenizer import Tokenizer
-from jaxinfer.types import StructuredOutput
+from jaxinfer.types import StructuredOutput, mask_width
 
 NUM_ROWS, LARGE = 64, 131_072
 FLOOR_US, GOAL_US = 10_000.0, 2_000.0
@@ -81,7 +81,7 @@ def steps(grammar: CompiledGrammar, num_steps: int, vocab_size: int) -> tuple[li
     """Seconds that each step's masks took, and the tokens that followed."""
     rng, filler = random.Random(0), MaskFiller()
     rows = [grammar.matcher() for _ in range(NUM_ROWS)]
-    out = np.zeros((NUM_ROWS, num_words(vocab_size)), np.uint32)
+    out = np.zeros((NUM_ROWS, mask_width(vocab_size)), np.uint32)
     masks, advances = [], []
     for _ in range(num_steps):
         masks.append(seconds(partial(filler.fill, rows, out)))

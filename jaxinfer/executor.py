@@ -12,7 +12,7 @@ from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import Seconds
-from jaxinfer.layout import PrefillLayout, SpeculateLayout, mask_width, result_width
+from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
@@ -35,7 +35,7 @@ from jaxinfer.programs import (
     verify_key,
 )
 from jaxinfer.results import RowLogprobs, read_scores
-from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs
+from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs, mask_width
 
 
 @dataclass(frozen=True, slots=True)

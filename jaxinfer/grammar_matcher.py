@@ -8,6 +8,7 @@ import numpy as np
 from jaxinfer.errors import GrammarFailed
 from jaxinfer.llguidance_binding import problem_of
 from jaxinfer.structured_output import FIELD
+from jaxinfer.types import MASK_BITS
 
 if TYPE_CHECKING:
     import llguidance
@@ -45,11 +46,6 @@ class Matcher:
     def is_finished(self) -> bool:
         """Whether the output must end here: nothing but end-of-sequence is legal."""
         return self._num_ends > 0 or (self.inner.is_stopped() and not self.inner.is_error())
-
-    @property
-    def can_continue(self) -> bool:
-        """Whether text may follow."""
-        return not self.is_finished
 
     def fill_mask(self, mask: np.ndarray) -> None:
         """Writes the ids that may come next."""
@@ -135,16 +131,6 @@ class Matcher:
         found._tokens, found._num_ends = list(self._tokens), self._num_ends
         return found
 
-    def reset(self) -> None:
-        """Back to the start of the output."""
-        self.inner, self._is_shared = self.grammar.start(), True
-        self._tokens, self._num_ends = [], 0
-
-    def replay(self, tokens: Sequence[int]) -> None:
-        """From the start through these tokens: for a row that begins again."""
-        self.reset()
-        self.advance(tokens)
-
     def _is_end(self, id: int) -> bool:
         return id in self.grammar.vocabulary.eos_ids
 
@@ -191,7 +177,7 @@ class Matcher:
 
 def allows(mask: np.ndarray, id: int) -> bool:
     """Whether the mask u32[W] or i32[W] has the bit of `id`."""
-    return 0 <= id < 32 * mask.size and bool(int(mask[id // 32]) >> (id % 32) & 1)
+    return 0 <= id < MASK_BITS * mask.size and bool(int(mask[id // MASK_BITS]) >> (id % MASK_BITS) & 1)
 
 
 def _check_mask(mask: np.ndarray, num_words: int) -> None:

@@ -9,13 +9,10 @@ import numpy as np
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.llguidance_binding import TokenTable
 from jaxinfer.structured_output import FIELD
+from jaxinfer.types import MASK_BITS, mask_width
 
 if TYPE_CHECKING:
     from jaxinfer.tokenizer import Tokenizer
-
-BITS = 32
-"""Ids a word of a mask holds; id i is bit i % 32 of word i // 32, set where the id is legal."""
-
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -49,7 +46,7 @@ class Vocabulary:
 
 def bits_of(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """A mask u32[ceil(V / 32)] with the bits of `ids` set."""
-    flags = np.zeros(num_words(vocab_size) * BITS, np.uint8)
+    flags = np.zeros(mask_width(vocab_size) * MASK_BITS, np.uint8)
     flags[list(ids)] = 1
     return np.packbits(flags, bitorder="little").view("<u4")
 
@@ -57,8 +54,3 @@ def bits_of(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 def ids_of(mask: np.ndarray) -> np.ndarray:
     """The ids that a mask u32[W] or i32[W] allows, ascending."""
     return np.flatnonzero(np.unpackbits(np.ascontiguousarray(mask).view(np.uint8), bitorder="little"))
-
-
-def num_words(vocab_size: int) -> int:
-    """W: words of a mask."""
-    return -(-vocab_size // BITS)

@@ -14,7 +14,6 @@ import numpy as np
 from jaxinfer.row_state import RowInits
 from jaxinfer.rule_table import RuleRow
 from jaxinfer.types import (
-    MASK_BITS,
     MAX_BAD_WORD_SPELLINGS,
     MAX_BAD_WORD_TOKENS,
     MAX_LOGPROBS,
@@ -26,11 +25,6 @@ from jaxinfer.types import (
 def result_width(form: SamplerForm) -> int:
     """i32 a sampled token: its id; FULL adds log-probability, rank, and ids and log-probabilities of the top."""
     return 1 + 2 + 2 * MAX_LOGPROBS if form is SamplerForm.FULL else 1
-
-
-def mask_width(vocab_size: int) -> int:
-    """i32 of a row's mask, a bit a token."""
-    return -(-vocab_size // MASK_BITS)
 
 
 ROW_FIELDS = ("slot", "q_len", "end", "on_device", "samples")

@@ -23,5 +23,6 @@ class Masks:
         """
         matchers = [seq.matcher if samples and not seq.finished else None
                     for seq, samples in zip(rows, plan.samples, strict=True)]
-        masks = np.full(shape, -1, np.int32)
+        masks = np.empty(shape, np.int32)
+        masks[len(rows):] = -1
         return masks, self._filler.fill(matchers, masks[:len(rows)], proposed)

@@ -69,7 +69,7 @@ class MedusaDrafter(Drafter):
 
     @property
     def _place(self) -> jax.sharding.Sharding:
-        return sharding.sharding(self.mesh, jax.sharding.PartitionSpec())
+        return sharding.replicated(self.mesh)
 
     def new_state(self, num_pages: int, page_size: int) -> jax.Array:
         return jnp.zeros(self.shape, self.dtype, device=self._place)

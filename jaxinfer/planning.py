@@ -30,12 +30,12 @@ class Planning:
 
     @property
     def rows(self) -> list[Sequence]:
-        """In the order of the step: decode rows, chunks of one token, longer ones."""
-        return [*self.decodes, *(seq for seq, _, _ in self.sorted_chunks)]
+        """In the order of the step, once chunks are sorted."""
+        return [*self.decodes, *(seq for seq, _, _ in self.chunks)]
 
-    @property
-    def sorted_chunks(self) -> list[tuple[Sequence, int, int]]:
-        return sorted(self.chunks, key=lambda chunk: chunk[2] - chunk[1] > 1)
+    def sort_chunks(self) -> None:
+        """Those of one token come before longer ones, behind the decode rows."""
+        self.chunks.sort(key=lambda chunk: chunk[2] - chunk[1] > 1)
 
     @property
     def is_least(self) -> bool:
@@ -103,11 +103,13 @@ def decode_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int
 
 def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
                  ) -> StepPlan:
-    """decodes: what `advance` says of the decode rows. constrained: whether a running row has a grammar."""
+    """Of sorted chunks. decodes: what `advance` says of the decode rows. constrained: whether a running row has a
+    grammar.
+    """
     slots, starts, sampler = decodes
     tokens, following = [ON_DEVICE] * len(slots), [-1] * len(slots)
     samples = [True] * len(slots)
-    for seq, start, stop in plan.sorted_chunks:
+    for seq, start, stop in plan.chunks:
         slots.append(seq.slot)
         starts.append(start)
         tokens.append(tuple(seq.tokens[start:stop]))

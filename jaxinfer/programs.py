@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxinfer import speculative_step, steps
 from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout, mask_width
+from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
 from jaxinfer.model import Model
-from jaxinfer.types import SamplerForm
+from jaxinfer.types import SamplerForm, mask_width
 
 EXTRA_PAGES = 256
 """Page-table entries one `append_pages` call enters."""

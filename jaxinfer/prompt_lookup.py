@@ -59,7 +59,7 @@ class PromptLookup(Drafter):
 
     @property
     def _place(self) -> jax.sharding.Sharding:
-        return sharding.sharding(self.mesh, jax.sharding.PartitionSpec())
+        return sharding.replicated(self.mesh)
 
     def new_state(self, num_pages: int, page_size: int) -> History:
         return History(jnp.full(self.shape, NOTHING, jnp.int32, device=self._place),

@@ -52,7 +52,7 @@ class RemoteProposals(Drafter):
 
     @property
     def _place(self) -> jax.sharding.Sharding:
-        return sharding.sharding(self.mesh, jax.sharding.PartitionSpec())
+        return sharding.replicated(self.mesh)
 
     def _empty(self) -> Entered:
         shape = (self.max_num_seqs + 1, self.num_kept)

@@ -295,6 +295,7 @@ class Scheduler:
         return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)
 
     def _issue_prefill(self, plan: Planning) -> StepPlan:
+        plan.sort_chunks()
         decodes = self._advance(plan.decodes, 1, False)
         return prefill_plan(plan, self._fly(plan.rows), decodes, constrained=self._num_constrained > 0)
 

@@ -87,3 +87,8 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 def sharding(mesh: Mesh | None, spec: PartitionSpec) -> Sharding:
     """Sharding by `spec` on the mesh; without one, the first device."""
     return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+
+
+def replicated(mesh: Mesh | None) -> Sharding:
+    """Whole on every device of the mesh; on the first device without one."""
+    return sharding(mesh, PartitionSpec())

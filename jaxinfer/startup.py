@@ -111,7 +111,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
         least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
         config = replace(engine_config(options, max_model_len, plan.num_pages, least),
                          grammars=grammar.are_possible(tokenizer))
-        executor = Executor(served, params, config, replicated(mesh))
+        executor = Executor(served, params, config, sharding.replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()
     say(f"compiled {num_programs} programs in {compiled_at - loaded_at:.1f} s; {cache.report}")
@@ -215,10 +215,6 @@ def read_text_files(options: Options, folder: Path) -> tuple[Tokenizer | None, C
     return tokenizer, template
 
 
-def replicated(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
-    return sharding.sharding(mesh, jax.sharding.PartitionSpec())
-
-
 def engine_config(options: Options, max_model_len: int, num_pages: int, least: SmallestSteps) -> EngineConfig:
     # One step never computes more than the longest row and a token for every other one can need.
     most_useful = -(-(max_model_len + options.max_num_seqs) // 128) * 128
@@ -271,7 +267,7 @@ def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfi
 def row_struct(model: Decoder | DraftPair, max_num_seqs: int, max_pages_per_row: int) -> Any:
     """Shapes of `row_state.empty`."""
     return jax.eval_shape(partial(row_state.empty, max_num_seqs, max_pages_per_row, model.vocab_size,
-                                  replicated(model.mesh)))  # fmt: skip
+                                  sharding.replicated(model.mesh)))  # fmt: skip
 
 
 def row_bytes(model: Decoder | DraftPair, max_num_seqs: int, max_pages_per_row: int) -> int:
@@ -285,7 +281,7 @@ def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineCo
 
     params: arrays, or the shapes of `params.abstract_params`.
     """
-    everywhere = replicated(model.mesh)
+    everywhere = sharding.replicated(model.mesh)
     rows = jax.tree.map(partial(programs.placed_struct, everywhere),
                         row_struct(model, config.max_num_seqs, config.max_pages_per_row))
     state = steps.DeviceState(model.cache(config.num_pages, config.page_size).struct(), rows)

@@ -18,7 +18,14 @@ MAX_LOGPROBS = 20
 """Most log-probabilities a token; the OpenAI API has the same limit."""
 
 MASK_BITS = 32
-"""Ids of a word of a grammar's mask; id i is bit i % 32 of word i // 32."""
+"""Ids of a word of a grammar's mask; id i is bit i % 32 of word i // 32, set where the id is legal."""
+
+
+def mask_width(vocab_size: int) -> int:
+    """Words of a mask (W)."""
+    return -(-vocab_size // MASK_BITS)
+
+
 
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_SPELLINGS = 2 * MAX_BAD_WORDS

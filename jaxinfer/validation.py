@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import numbers
 import reprlib
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
@@ -109,7 +110,7 @@ def stop_ids(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
 
 def stop_strings(params: SamplingParams) -> tuple[str, ...]:
     """`stop` as a tuple, whichever of its forms was given."""
-    return (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
+    return texts_of(params.stop)
 
 
 def _own_stop_ids(params: SamplingParams) -> tuple[int, ...]:
@@ -118,7 +119,12 @@ def _own_stop_ids(params: SamplingParams) -> tuple[int, ...]:
 
 def bad_words(params: SamplingParams) -> tuple[str, ...]:
     """`bad_words` as a tuple, whichever of its forms was given."""
-    return (params.bad_words,) if isinstance(params.bad_words, str) else tuple(params.bad_words or ())
+    return texts_of(params.bad_words)
+
+
+def texts_of(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One string or several as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def bias_items(params: SamplingParams) -> tuple[tuple[int, float], ...]:
@@ -225,21 +231,25 @@ def _check_lengths(num_prompt: int, params: SamplingParams, limits: Limits) -> N
 
 
 def _check_stop_strings(params: SamplingParams, limits: Limits) -> None:
-    if params.stop is None:
-        return
-    if not isinstance(params.stop, (str, list, tuple)):
-        raise InvalidRequest("stop", f"must be a string or a list of strings, got {shown(params.stop)}")
-    stops = stop_strings(params)
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest("stop", f"has {len(stops)} strings; the limit is {MAX_STOPS}")
-    for stop in stops:
-        check_text("stop", stop, max_bytes=MAX_STOP_BYTES)
-        if not stop:
-            raise InvalidRequest("stop", "holds an empty string, which would stop at once; leave it out")
+    stops = _checked_texts("stop", params.stop, MAX_STOPS, MAX_STOP_BYTES)
+    if "" in stops:
+        raise InvalidRequest("stop", "holds an empty string, which would stop at once; leave it out")
     if stops and not params.detokenize:
         raise InvalidRequest("stop", "needs text, but detokenize is False; set detokenize=True or use stop_token_ids")
     if stops and not limits.has_tokenizer:
         raise InvalidRequest("stop", "needs text, but the model folder has no tokenizer; use stop_token_ids")
+
+
+def _checked_texts(field: str, value: Any, most: int, max_bytes: int) -> tuple[str, ...]:
+    """None, one string or a list of them."""
+    if not isinstance(value, (str, list, tuple, NoneType)):
+        raise InvalidRequest(field, f"must be a string or a list of strings, got {shown(value)}")
+    texts = texts_of(value)
+    if len(texts) > most:
+        raise InvalidRequest(field, f"has {len(texts)} strings; the limit is {most}")
+    for text in texts:
+        check_text(field, text, max_bytes=max_bytes)
+    return texts
 
 
 def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
@@ -267,11 +277,11 @@ def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
 
 
 def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
-    _check_count("logit_bias", params.logit_bias or (), limits.vocab_size)
+    _check_count("logit_bias", params.logit_bias, limits.vocab_size)
     try:
         items = bias_items(params)
         ids = _plain_ids("logit_bias", [id_ for id_, _ in items])
-    except (TypeError, ValueError):
+    except Exception:  # a stranger's object may raise anything
         raise InvalidRequest("logit_bias", f"must map token ids to numbers, got {shown(params.logit_bias)}") from None
     _check_id_range("logit_bias", ids, limits.vocab_size)
     if len(set(ids)) < len(ids):
@@ -282,23 +292,17 @@ def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
 
 def _check_count(field: str, value: Any, vocab_size: int) -> None:
     """Before each is looked at: a long list of repeats would take a while."""
-    if isinstance(value, Sized) and len(value) > vocab_size:
-        raise InvalidRequest(field, f"has {len(value)} ids, more than the vocabulary, {vocab_size}; give each id once")
+    count = 0
+    with contextlib.suppress(Exception):  # no list at all: what comes next refuses it
+        count = len(value)
+    if count > vocab_size:
+        raise InvalidRequest(field, f"has {count} ids, more than the vocabulary, {vocab_size}; give each id once")
 
 
 def _check_bad_words(params: SamplingParams, limits: Limits) -> None:
-    if params.bad_words is None:
-        return
-    if not isinstance(params.bad_words, (str, list, tuple)):
-        raise InvalidRequest("bad_words", f"must be a list of strings, got {shown(params.bad_words)}")
-    words = bad_words(params)
-    if len(words) > MAX_BAD_WORDS:
-        raise InvalidRequest("bad_words", f"has {len(words)} strings; the limit is {MAX_BAD_WORDS}")
-    for word in words:
-        check_text("bad_words", word, max_bytes=MAX_BAD_WORD_BYTES)
-        if not word.strip():
-            raise InvalidRequest("bad_words", "holds an empty or blank string, which would forbid everything; "
-                                 "leave it out")
+    words = _checked_texts("bad_words", params.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
+    if not all(map(str.strip, words)):
+        raise InvalidRequest("bad_words", "holds an empty or blank string, which would forbid everything; leave it out")
     if words and not limits.has_tokenizer:
         raise InvalidRequest("bad_words", "needs text, but the model folder has no tokenizer; use banned_token_ids")
 

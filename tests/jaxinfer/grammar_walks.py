@@ -5,7 +5,8 @@ import random
 import numpy as np
 
 from jaxinfer.grammar_matcher import Matcher
-from jaxinfer.grammar_vocabulary import ids_of, num_words
+from jaxinfer.grammar_vocabulary import ids_of
+from jaxinfer.types import mask_width
 
 CLOSING = (b'"', b"}", b"]", b"null", b",", b":", b"0", b"1", b"-", b"a", b"x", b"y")
 """What brings JSON nearer to its end, best first."""
@@ -13,7 +14,7 @@ CLOSING = (b'"', b"}", b"]", b"null", b",", b":", b"0", b"1", b"-", b"a", b"x", 
 
 def legal(matcher: Matcher) -> list[int]:
     """The ids that may come next."""
-    mask = np.zeros(num_words(len(matcher.grammar.vocabulary.table.tokens)), np.uint32)
+    mask = np.zeros(mask_width(len(matcher.grammar.vocabulary.table.tokens)), np.uint32)
     matcher.fill_mask(mask)
     return ids_of(mask).tolist()
 

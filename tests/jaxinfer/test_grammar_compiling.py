@@ -14,9 +14,8 @@ from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloa
 from jaxinfer.grammar import MAX_KEPT, MAX_WAITING, Grammars
 from jaxinfer.grammar_check import Bounds
 from jaxinfer.grammar_masks import MaskFiller
-from jaxinfer.grammar_vocabulary import num_words
 from jaxinfer.tokenizer import Tokenizer
-from jaxinfer.types import StructuredOutput
+from jaxinfer.types import StructuredOutput, mask_width
 
 V = 4096
 BURSTING = "(((a|b){0,100}a){0,100}b){0,100}"
@@ -74,7 +73,7 @@ def hurried(tokenizer):
 def test_hostile_grammars_are_refused_and_others_go_on(hurried, name):
     with pytest.raises(InvalidRequest, match="cannot be compiled"):
         hurried.compile(HOSTILE[name])
-    assert hurried.compile(StructuredOutput(regex="ab")).matcher().can_continue
+    assert not hurried.compile(StructuredOutput(regex="ab")).matcher().is_finished
 
 
 @pytest.mark.parametrize("pattern", ["a{1,1000000000}", "(a*)*(b|a)*", "((a{1,100}){1,100}){1,100}",
@@ -106,7 +105,7 @@ def test_a_row_that_breaks_the_shared_lexer_ends_alone(grammars, tokenizer):
     failed_one = bad.copy()
     good.advance(ids(tokenizer, "a"))
     good.rollback(1)
-    out = np.zeros((3, num_words(V)), np.uint32)
+    out = np.zeros((3, mask_width(V)), np.uint32)
     assert list(MaskFiller(2).fill([waiting, failed_one, good], out)) == [1]
     assert (place(waiting), place(good)) == before
     new = compiled.start()
@@ -120,7 +119,7 @@ def test_a_broken_grammar_that_took_long_is_compiled_by_a_worker_again(grammars,
     bad, other = compiled.matcher(), compiled.matcher()
     compiled.seconds = 10.0
     burst(bad, tokenizer, "broke its limits")
-    for failing in (compiled.matcher, other.copy().reset, lambda: legal(other)):
+    for failing in (compiled.matcher, lambda: legal(other)):
         with pytest.raises(GrammarFailed, match=r"takes 10\.0 s"):
             failing()
     assert grammars.compile(wanted) is not compiled

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxinfer.batch import Batcher
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
 from jaxinfer.draft_model import DraftModel
 from jaxinfer.draft_pair import DraftPair, Pair
@@ -14,7 +15,7 @@ from jaxinfer.executor import Executor
 from jaxinfer.memory import measure_temporaries
 from jaxinfer.models import make_decoder
 from jaxinfer.params import init_params
-from jaxinfer.programs import declare, largest
+from jaxinfer.programs import SAMPLE_LEGAL, declare, largest
 from jaxinfer.prompt_lookup import PromptLookup
 from jaxinfer.types import SamplerForm
 
@@ -57,10 +58,14 @@ def test_no_weight_is_copied(executor, compiled):
 
 
 def test_few_programs_are_declared(executor):
-    """The default buckets of a server, without a model: at most 25 programs, on a CPU."""
-    assert len(declare(executor.signature)) == 1 + 3 + 5
+    """The default buckets of a server, without a model: at most 24 programs. Grammars need one more."""
+    signature = executor.signature
+    declared = declare(signature)
+    assert len(declared) == 1 + 3 + 5
     server = EngineConfig(max_model_len=32_768, num_pages=10_000, max_num_seqs=256, max_num_batched_tokens=8192)
-    assert len(server.token_buckets) + 3 * len(server.row_buckets) + 6 <= 25
+    assert len(server.token_buckets) + 3 * len(server.row_buckets) + 5 <= 24
+    with_grammars = replace(signature, batcher=Batcher(replace(ENGINE, grammars=True)))
+    assert declare(with_grammars).keys() - declared.keys() == {SAMPLE_LEGAL}
 
 
 @pytest.mark.parametrize(("kind", "forms"), [("draft_model", tuple(SamplerForm)), ("ngram", (SamplerForm.GREEDY,))])

@@ -119,6 +119,11 @@ def test_proposals_are_kept_though_they_come_a_step_late(executor, late, seed):
 
 def test_what_was_wrong_is_counted(executor):
     class Wrong(Counting):
+        def tell(self, name, position, tokens):
+            super().tell(name, position, tokens)
+            if position:  # one answer a row, which is taken when the row begins
+                self._answers.pop(name)
+
         def answer(self, name, row):
             kinds = {0: (len(row), (VOCAB,)), 1: (len(row) + 1, (1,)), 2: (len(row) - 1, (250, 251)),
                      3: (len(row) - 1, (row[-1],)), 4: (len(row), ())}  # fmt: skip
@@ -130,8 +135,7 @@ def test_what_was_wrong_is_counted(executor):
         one = request(str(index), range(5), 2, temperature=0.0)
         engine.add(one)
         assert ids_of(run(engine)[one.id, 0]) == [5, 6]
-    counts = engine.metrics()["remote_proposals"]  # of the answers that came while a step ran: one or two a row
-    assert not counts["entered"] and counts["late"] >= 1 and counts["wrong"] >= 1 and counts["malformed"] >= 3
+    assert engine.metrics()["remote_proposals"] == {"entered": 0, "late": 1, "wrong": 1, "malformed": 3}
     assert engine.metrics()["draft_tokens"] == 0
 
 

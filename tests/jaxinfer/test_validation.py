@@ -69,7 +69,7 @@ REFUSED = {
     "frequency_penalty": [-2.1, math.inf, None],
     "repetition_penalty": [0, 1e-7, 5e-324, 2.1, -1, math.nan, None],
     "logit_bias": [{100: 1}, {-1: 1}, {"5": 1}, {5: 101}, {5: math.nan}, {5: None}, {True: 1}, 5, "ab", [5, 6],
-                   ((5, 1.0), (5, 2.0)), {1.5: 0}],
+                   ((5, 1.0), (5, 2.0)), {1.5: 0}, np.array([1.0, 2.0]), np.array(5), [5] * 200],
     "allowed_token_ids": [[], [100], [-1], [1.5], 5, "5"],
     "banned_token_ids": [[], [100], [True], {1}],
     "bad_words": [["a"] * 33, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
