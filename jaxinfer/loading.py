@@ -172,15 +172,14 @@ def dtype_of(folder: Path) -> str:
 
 
 def model_folder(model: str | Path) -> Path:
-    """The folder of a model, or of heads; those in DEMO_FOLDERS are shipped. Raises ModelFormatError when it is not
-    there.
-    """
+    """The folder of a model or of heads, shipped (DEMO_FOLDERS) or not. Raises ModelFormatError when it is missing."""
     if str(model) in DEMO_FOLDERS:
         folder = Path(checkpoints.__file__).parent / "demo" / DEMO_FOLDERS[str(model)]
     else:
         folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise ModelFormatError(f"{folder} is not a folder; give a model folder or one of {', '.join(DEMO_FOLDERS)}")
+        known = ", ".join(DEMO_FOLDERS)
+        raise ModelFormatError(f"{folder} is not a folder; give a model folder or one of {known} (heads, no model)")
     return folder
 
 
