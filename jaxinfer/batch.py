@@ -92,7 +92,7 @@ class Batcher:
         tokens[num_decode_rows:num_decode_rows + len(packed)] = packed
         self._put_inits(plan, rows)
         singles = num_decode_rows + sum(len(ids) == 1 for ids in chunks)
-        tail[:] = singles, singles, num_rows, plan.sampler
+        tail[:] = singles, singles, num_rows, plan.sampler, plan.watched
         return flat, pages
 
     def _put_inits(self, plan: StepPlan, rows: np.ndarray) -> None:

@@ -30,6 +30,10 @@ PROBE_SHARE = 0.01
 """Of the time: what trying again may cost while only bad acceptance speaks against drafting."""
 PROBE_STEPS = 2
 """Steps of a probe: the next is planned before the first has been read."""
+PROBE_ROWS = 32
+"""Of so many rows that begin where only bad acceptance speaks against drafting, the drafter sees one: to a draft model
+an eighth of its target's size, a prompt in 32 is under half a percent of prefill.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,13 @@ class RoundSeconds:
     plain: float
     one: float
     most: float
+
+
+class CatchUp(NamedTuple):
+    """What it takes to have the drafter compute so many tokens that it was not shown."""
+
+    tokens: int
+    seconds: float
 
 
 type Seconds = Mapping[SamplerForm, Mapping[int, RoundSeconds]]
@@ -56,12 +67,15 @@ class Judged(NamedTuple):
 class DraftLengths:
     """Sets `Sequence.num_drafted` before a decode step and learns from what came of it.
 
-    most: proposals of a row in a round. seconds: None drafts the most always.
+    most: proposals of a row in a round. seconds: None drafts the most always. catch_up: of a drafter to which prompts
+    are work; None for others, which see all rows.
     """
 
-    def __init__(self, most: int, seconds: Seconds | None = None):
+    def __init__(self, most: int, seconds: Seconds | None = None, catch_up: CatchUp | None = None):
         self.most = most
         self._seconds = seconds
+        self._catch_up = catch_up
+        self._unseen = 0  # rows begun since the last that the drafter sees
         self._all = AcceptanceRate()
         self._making = AcceptanceRate()  # of rounds that wanted proposals, those that had any
         self._plain_rounds = 0  # since the last step with proposals
@@ -71,28 +85,70 @@ class DraftLengths:
         """For an engine whose rounds were not measured; None for one that does not speculate."""
         return DraftLengths(config.num_speculative_tokens) if config.num_speculative_tokens else None
 
+    def watches(self, seq: Sequence, num_rows: int, num_unseen: int) -> bool:
+        """Whether the drafter is to compute the prompt of a row that begins now as one of so many: whether proposals
+        for all of them would pay, also for the row's first `num_unseen` tokens, which it has to catch up with.
+        """
+        if self._seconds is None or self._catch_up is None:
+            return True
+        seconds = seconds_of(self._seconds[seq.form], num_rows)
+        chance = seq.acceptance.chance(self._all.chance(PRIOR, PRIOR_WEIGHT), ROW_WEIGHT)
+        watched = self._saved(seconds, chance) * left_of(seq) / num_rows > self._catching_up(num_unseen)
+        if not watched and self._unseen >= PROBE_ROWS - 1:  # what is acceptance now?
+            watched = self._saved(seconds, 1.0) > 0
+        self._unseen = 0 if watched else self._unseen + 1
+        return watched
+
+    def late(self, rows: list[Sequence]) -> list[Sequence]:
+        """Of decode rows those that the drafter has not seen, and should have by now: fewer rows are left."""
+        unseen = [seq for seq in rows if not seq.watched]
+        if not unseen or self._seconds is None:
+            return []
+        chance = self._all.chance(PRIOR, PRIOR_WEIGHT)
+        saved = {form: self._saved(seconds_of(self._seconds[form], len(rows)), chance)
+                 for form in {seq.form for seq in unseen}}  # fmt: skip
+        return [seq for seq in unseen
+                if saved[seq.form] * left_of(seq) / len(rows) > self._catching_up(len(seq.tokens))]
+
+    def _saved(self, seconds: RoundSeconds, chance: float) -> float:
+        """Seconds of a plain round that drafting spares; 0 where it does not pay."""
+        cost = self._costs(seconds)
+        length = best_length(cost, [chance], [1.0])
+        rate = sum(chance**i for i in range(length + 1)) / cost[length]
+        return seconds.plain * (1 - 1 / rate)
+
+    def _catching_up(self, num_tokens: int) -> float:
+        """Seconds."""
+        chunk = self._catch_up or CatchUp(1, 0.0)
+        return math.ceil(num_tokens / chunk.tokens) * chunk.seconds
+
     def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm) -> None:
         """For a step of so many rounds with this sampler."""
         if self._seconds is None:
             for seq in rows:
                 seq.num_drafted = self.most
             return
+        for seq in rows:
+            seq.num_drafted = 0
+        watched = [seq for seq in rows if seq.watched]
+        if not watched:
+            return
         cost = self._costs(seconds_of(self._seconds[form], len(rows)))
-        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
+        others = [0.0] * (len(rows) - len(watched))
+        best = [*([1.0] * len(watched)), *others]
+        best_of_all = best_length(cost, best, best)
         if not best_of_all:  # whatever is kept
-            for seq in rows:
-                seq.num_drafted = 0
             return
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
-        chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in rows]
-        length = best_length(cost, chances, self._shares(rows))
+        chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in watched]
+        length = best_length(cost, chances + others, self._shares(watched) + others)
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
-            length, chances = best_of_all, [1.0] * len(rows)
-        for seq, chance in zip(rows, chances, strict=True):
+            length, chances = best_of_all, best
+        for seq, chance in zip(watched, chances, strict=False):
             seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
 
     def _shares(self, rows: list[Sequence]) -> list[float]:
-        """Of the rounds in which any row has proposals, those in which each has."""
+        """Of the rounds in which any of the rows has proposals, those in which each has."""
         overall = self._making.chance(1.0, PRIOR_WEIGHT)
         made = [seq.making.chance(overall, ROW_WEIGHT) for seq in rows]
         any_made = 1.0 - math.prod(1.0 - one for one in made)
@@ -130,7 +186,7 @@ def judged_rounds(seq: Sequence, num_drafted: int, counts: list[int], made_count
     """A row's rounds that wanted proposals, from the tokens of each and the proposals that were made. The device
     proposes nothing beyond the row's end.
     """
-    left, found = seq.end + 1 - len(seq.tokens), []
+    left, found = left_of(seq), []
     for index, (count, made) in enumerate(zip(counts, made_counts, strict=True)):
         wanted = min(num_drafted, left - 1)
         left -= count
@@ -159,6 +215,11 @@ def best_length(cost: list[float], chances: list[float], shares: list[float]) ->
             best, best_rate = length, tokens / cost[length]
         reached = [one * chance for one, chance in zip(reached, chances, strict=True)]
     return best
+
+
+def left_of(seq: Sequence) -> int:
+    """Tokens that the row may still say."""
+    return seq.end + 1 - len(seq.tokens)
 
 
 def worth_making(chance: float, most: int) -> int:

@@ -1,7 +1,7 @@
 """A second, smaller model as the drafter: it computes what the target computes, into pages of the same ids.
 
-A prefill step runs both models, so a page holds the keys and values of the same tokens for both; ids, tables and
-lengths are shared.
+Ids, tables and lengths are shared: a page holds the keys and values of the same tokens for both. A prefill step runs
+both models, unless nothing will be proposed to its rows: their pages have the target's half only, and the pool knows.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxinfer import rule_table
 from jaxinfer.acceptance import Drafted, draft_rows
-from jaxinfer.drafter import Drafter, Prefilled, Wanted
+from jaxinfer.drafter import Drafter, Prefilled, Told, Wanted
 from jaxinfer.model import Model, Rows
 from jaxinfer.row_state import RowState
 from jaxinfer.sampling import sample
@@ -25,6 +25,8 @@ class DraftModel(Drafter):
 
     model: Model
     num_drafted: int
+    prompts_cost = True
+    num_caught_up = 256
 
     def new_state(self, num_pages: int, page_size: int) -> Any:
         return self.model.new_pages(num_pages, page_size)
@@ -48,6 +50,14 @@ class DraftModel(Drafter):
         before = rows.token_before.at[seen.slots].get(mode="clip")
         _, pages = self.model.forward(params.draft, before, jnp.maximum(kv_len - 1, 0), state, packed, max_q_len=1)
         _, pages = self.model.forward(params.draft, seen.tokens, seen.positions, pages, seen.rows, max_q_len=None)
+        return pages
+
+    def catch_up(self, params: Any, state: Any, told: Told) -> Any:
+        count = jnp.sum(told.tokens >= 0, dtype=jnp.int32)
+        positions = told.first + jnp.arange(told.tokens.shape[0], dtype=jnp.int32)
+        row = Rows((told.first + count)[None], told.page_indices[None], jnp.stack([jnp.int32(0), count]),
+                   jnp.stack([jnp.int32(0), jnp.int32(0), jnp.int32(1)]))  # fmt: skip
+        _, pages = self.model.forward(params.draft, jnp.maximum(told.tokens, 0), positions, state, row, max_q_len=None)
         return pages
 
     def propose(self, form: SamplerForm, params: Any, state: Any, rows: RowState, wanted: Wanted

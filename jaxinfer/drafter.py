@@ -52,6 +52,15 @@ class Round(NamedTuple):
     hidden: jax.Array  # [R, W, D], the target's: [:, i] is what tokens[:, i] was sampled from; nothing from `count` on
 
 
+class Told(NamedTuple):
+    """n = `Drafter.num_caught_up`."""
+
+    slot: jax.Array  # i32[]
+    first: jax.Array  # i32[], position of the first token
+    tokens: jax.Array  # i32[n], -1 behind the last
+    page_indices: jax.Array  # i32[M], of the row
+
+
 class Drafter(Protocol):
     """Inherit from it: a drafter overrides what it needs.
 
@@ -65,8 +74,12 @@ class Drafter(Protocol):
     """`propose` may make fewer proposals than wanted, and is cheap: it runs before it is known whether the round
     verifies any, so that a round without proposals is a plain one. Otherwise it runs where a row wants proposals.
     """
-    needs_cached_tokens: bool = False
-    """`enter_cached` is called for rows that take over pages of the prefix cache."""
+    prompts_cost: bool = False
+    """`observe_prefill` is work worth sparing where nothing will be proposed: it does not run in steps that are not
+    `StepPlan.watched`, and rows whose prompts it has not seen are not asked for proposals before `catch_up`.
+    """
+    num_caught_up: int = 0
+    """Tokens of a row that `catch_up` takes at once; 0 where the drafter has no need of it."""
 
     def new_state(self, num_pages: int, page_size: int) -> Any:
         """On the target's devices."""
@@ -90,9 +103,10 @@ class Drafter(Protocol):
         """Tokens of a row that `enter_proposals` takes; 0 where proposals do not come from outside."""
         return 0
 
-    def enter_cached(self, state: Any, slot: jax.Array, first: jax.Array, tokens: jax.Array) -> Any:
-        """The state with tokens i32[n] of a row at positions from `first` i32[] on, whose keys and values come from the
-        prefix cache: no prefill step packs them. -1 behind the last. A program of its own, before the row's first step.
+    def catch_up(self, params: Any, state: Any, told: Told) -> Any:
+        """The state with tokens of a row that no step showed: the target's keys and values come from the prefix cache,
+        or prompts that cost were not worth it. With `prompts_cost`, only tokens that the drafter has not computed. A
+        program of its own, before the step.
         """
         return state
 

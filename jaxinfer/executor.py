@@ -11,13 +11,13 @@ import numpy as np
 from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
-from jaxinfer.draft_lengths import Seconds
+from jaxinfer.draft_lengths import CatchUp, Seconds
+from jaxinfer.draft_pair import DraftPair
 from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
-    CACHED,
-    CACHED_TOKENS,
+    CATCH_UP,
     EXTRA_PAGES,
     LOGITS,
     PROPOSALS,
@@ -35,7 +35,10 @@ from jaxinfer.programs import (
     verify_key,
 )
 from jaxinfer.results import RowLogprobs, read_scores
-from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs, mask_width
+from jaxinfer.types import CaughtUp, SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs, mask_width
+
+CATCH_UPS = 3
+"""How often it is timed at start, the first time with whatever a first call brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +117,30 @@ class Executor:
         self._state = self._state._replace(rows=self._no_rows())
         return found
 
+    @property
+    def pair(self) -> DraftPair:
+        """The model of an engine that speculates."""
+        if not isinstance(self._model, DraftPair):
+            raise TypeError("this engine has no drafter")
+        return self._model
+
+    def measure_catch_up(self) -> CatchUp | None:
+        """What it takes to tell the drafter of tokens; None for one to which prompts are no work."""
+        if not self.pair.drafter.prompts_cost:
+            return None
+        count = min(self.pair.drafter.num_caught_up, self.config.max_model_len)
+        row = CaughtUp(0, 0, (0,) * count, tuple(range(-(-count // self.config.page_size))))
+        return CatchUp(count, min(self._timed_telling(row) for _ in range(CATCH_UPS)))
+
+    def _timed_telling(self, row: CaughtUp) -> float:
+        jax.block_until_ready(self._state)
+        began = time.perf_counter()
+        self._tell(row, 0)
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - began
+
     def _insist(self, on: bool) -> None:
-        pair: Any = self._model
-        self._state = self._state._replace(kv_pages=pair.insist(self._state.kv_pages, on))
+        self._state = self._state._replace(kv_pages=self.pair.insist(self._state.kv_pages, on))
 
     def _timed(self, layout: SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
         busy = round_seconds.busy_rows(self.config, self._no_rows(), self._replicated)
@@ -135,8 +159,8 @@ class Executor:
             if init.ruled is not None:
                 rules = self._put(pack_rules(init.slot, init.ruled, self._model.vocab_size))
                 self._state = self._state._replace(rows=self._programs[RULES](self._state.rows, rules))
-        if CACHED in self._programs:
-            self._enter_cached(plan)
+        if CATCH_UP in self._programs:
+            self._catch_up(plan)
         if plan.proposals:
             self._enter_proposals(plan)
         if isinstance(layout, PrefillLayout):
@@ -199,17 +223,24 @@ class Executor:
             chunk[:len(part)] = part
             self._state = self._programs[APPEND](self._state, self._put(chunk))
 
-    def _enter_cached(self, plan: StepPlan) -> None:
-        for slot, tokens in plan.cached:
-            for first in range(0, len(tokens), CACHED_TOKENS):
-                chunk = np.full(2 + CACHED_TOKENS, -1, np.int32)
-                part = tokens[first:first + CACHED_TOKENS]
-                chunk[:2], chunk[2:2 + len(part)] = (slot, first), part
-                self._state = self._programs[CACHED](self._state, self._put(chunk))
+    def _catch_up(self, plan: StepPlan) -> None:
+        drafter = self.pair.drafter
+        for row in plan.caught_up:
+            begin = row.num_watched if drafter.prompts_cost else 0
+            for first in range(begin, len(row.tokens), drafter.num_caught_up):
+                self._tell(row, first)
+
+    def _tell(self, row: CaughtUp, first: int) -> None:
+        """The drafter gets the next tokens of a row from `first` on."""
+        count = self.pair.drafter.num_caught_up
+        told, part = np.full(2 + count + self.config.max_pages_per_row, -1, np.int32), row.tokens[first:first + count]
+        told[:2], told[2:2 + len(part)] = (row.slot, first), part
+        told[2 + count:] = 0
+        told[2 + count:2 + count + len(row.pages)] = row.pages
+        self._state = self._programs[CATCH_UP](self._params, self._state, self._put(told))
 
     def _enter_proposals(self, plan: StepPlan) -> None:
-        pair: Any = self._model
-        table = np.full((self.config.max_num_seqs, 2 + pair.drafter.num_entered), -1, np.int32)
+        table = np.full((self.config.max_num_seqs, 2 + self.pair.drafter.num_entered), -1, np.int32)
         table[:, 0] = self._batcher.no_slot
         for row, (slot, first, tokens) in zip(table, plan.proposals, strict=False):
             row[:2], row[2:2 + len(tokens)] = (slot, first), tokens

@@ -48,6 +48,7 @@ class PrefillFields(NamedTuple):
     new_pages: jax.Array  # i32[X, 3]
     distribution: jax.Array  # i32[3]
     form: jax.Array  # i32[], a SamplerForm
+    watched: jax.Array  # bool[], `StepPlan.watched`
 
 
 class DecodeFields(NamedTuple):
@@ -61,7 +62,7 @@ class DecodeFields(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefillLayout:
-    """[tokens T | rows R x ROW_WIDTH | new pages X x 3 | distribution 3 | form 1]"""
+    """[tokens T | rows R x ROW_WIDTH | new pages X x 3 | distribution 3 | form 1 | watched 1]"""
 
     num_tokens: int
     num_rows: int
@@ -81,10 +82,10 @@ class PrefillLayout:
 
     @property
     def size(self) -> int:
-        return self.borders[-1] + 1
+        return self.borders[-1] + 2
 
     def views(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Writable views of tokens [T], rows [R, ROW_WIDTH], new pages [X, 3], distribution and form [4]."""
+        """Writable views of tokens [T], rows [R, ROW_WIDTH], new pages [X, 3], and what is behind them [5]."""
         tokens, rows, pages, _ = self.borders
         return (flat[:tokens], flat[tokens:rows].reshape(self.num_rows, ROW_WIDTH),
                 flat[rows:pages].reshape(-1, 3), flat[pages:])
@@ -97,7 +98,7 @@ class PrefillLayout:
         return PrefillFields(
             flat[:tokens], columns["slot"], columns["q_len"], columns["end"], columns["on_device"] > 0,
             columns["samples"] > 0, _inits(columns, table[:, STOP_COLUMN:]), flat[rows:pages].reshape(-1, 3),
-            flat[pages:distribution], flat[distribution])
+            flat[pages:distribution], flat[distribution], flat[distribution + 1] > 0)
 
 
 def _inits(columns: dict[str, jax.Array], stop_ids: jax.Array) -> RowInits:

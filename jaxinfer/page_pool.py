@@ -9,12 +9,15 @@ A page is in exactly one of three states:
 A block is one full page of tokens. Its hash covers everything before it (a sha256 chain), so equal hashes mean equal
 contexts, and tenants are kept apart by the salt at the root of the chain. Page tables are append-only: when two
 sequences compute the same block at once both keep their own page and the first registered one is found later.
+
+A page of which a draft model has not computed its half is not `watched`.
 """
 
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 Digest = bytes
 
@@ -32,6 +35,7 @@ class PagePool:
         """Forgets every page and block, as after the device's pages were lost."""
         self._refs = [0] * self.num_pages
         self._digests: list[Digest | None] = [None] * self.num_pages
+        self._watched = [True] * self.num_pages  # of those with a digest
         self._page_of: dict[Digest, int] = {}
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack, lowest page on top
         self._idle: OrderedDict[int, Digest] = OrderedDict()  # least recently used first
@@ -93,13 +97,22 @@ class PagePool:
         """How much `num_free` falls by acquiring `shared` and allocating `count` more."""
         return count + sum(self._refs[page] == 0 for page in shared)
 
-    def register(self, page: int, digest: Digest) -> None:
+    def register(self, page: int, digest: Digest, *, watched: bool = True) -> None:
         """Makes a held, fully written page findable. If the block is known already, the first page stays the one."""
         if self._refs[page] == 0:
             raise ValueError(f"page {page} is not held: only the holder may register it")
         if self._digests[page] is None and digest not in self._page_of:
-            self._digests[page] = digest
+            self._digests[page], self._watched[page] = digest, watched
             self._page_of[digest] = page
+
+    def num_watched(self, pages: Iterable[int]) -> int:
+        """How many of these registered pages are watched, up to the first that is not."""
+        return sum(1 for _ in takewhile(self._watched.__getitem__, pages))
+
+    def watch(self, pages: Iterable[int]) -> None:
+        """A draft model computes its half of these registered pages."""
+        for page in pages:
+            self._watched[page] = True
 
     def check_invariants(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless the books agree with `tables`, the page tables of all holders."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from jaxinfer.page_pool import PagePool
 from jaxinfer.sequence import Sequence
-from jaxinfer.types import RowInit, SamplerForm, StepKind, StepPlan
+from jaxinfer.types import CaughtUp, RowInit, SamplerForm, StepKind, StepPlan
 
 ON_DEVICE: tuple[int, ...] = ()
 """Stands for the one token of a decode row."""
@@ -21,7 +22,7 @@ class Planning:
         self.chunks: list[tuple[Sequence, int, int]] = []
         self.init_rows: list[RowInit] = []
         self.new_pages: list[tuple[int, int, tuple[int, ...]]] = []
-        self.cached: list[tuple[int, tuple[int, ...]]] = []
+        self.caught_up: list[CaughtUp] = []
         self.lacked_pages = False
 
     def most_tokens(self, seq: Sequence) -> int:
@@ -92,13 +93,26 @@ def num_missing(plan: Planning, short: Iterable[Sequence], page_size: int) -> in
     return sum(-(-min(seq.planned + plan.most_tokens(seq), seq.end) // page_size) - len(seq.pages) for seq in short)
 
 
+def num_watched(seq: Sequence, pool: PagePool) -> int:
+    """The row's first tokens whose pages are registered and have a draft model's half."""
+    return pool.num_watched(seq.pages[:seq.registered]) * pool.page_size
+
+
+def catch_up(plan: Planning, seq: Sequence, count: int, pool: PagePool) -> None:
+    """Has the drafter told of the row's first `count` tokens, if it is to draft for the row."""
+    if seq.watched and count:
+        plan.caught_up.append(CaughtUp(seq.slot, num_watched(seq, pool), tuple(seq.tokens[:count]), tuple(seq.pages)))
+        pool.watch(seq.pages[:seq.registered])
+
+
 def decode_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
                 ) -> StepPlan:
     """As `prefill_plan`."""
     (slots, starts, sampler), count = decodes, len(plan.decodes)
     drafted = tuple(seq.num_drafted for seq in plan.decodes) if plan.drafts else ()
     return StepPlan(step_id, StepKind.DECODE, plan.rounds, sampler, tuple(slots), (ON_DEVICE,) * count, tuple(starts),
-                    (True,) * count, (), tuple(plan.new_pages), num_drafted=drafted, constrained=constrained)
+                    (True,) * count, (), tuple(plan.new_pages), num_drafted=drafted, constrained=constrained,
+                    caught_up=tuple(plan.caught_up))
 
 
 def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
@@ -118,9 +132,10 @@ def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[in
         if seq.decoding:
             sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
     scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
+    watched = any(seq.watched for seq, _, _ in plan.chunks) or any(seq.num_drafted for seq in plan.decodes)
     # A running row with a grammar may have no part in this step: it lacks pages, or all of its tokens are planned.
     constrained = constrained and any(samples) and any(seq.matcher is not None for seq in plan.rows)
     return StepPlan(step_id, StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
                     tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                    tuple(following) if scored else (), constrained=constrained,
-                    cached=tuple(plan.cached))
+                    tuple(following) if scored else (), constrained=constrained, watched=watched,
+                    caught_up=tuple(plan.caught_up))

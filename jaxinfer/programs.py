@@ -19,8 +19,6 @@ from jaxinfer.types import SamplerForm, mask_width
 
 EXTRA_PAGES = 256
 """Page-table entries one `append_pages` call enters."""
-CACHED_TOKENS = 2048
-"""Tokens of a row, from the prefix cache, that one call tells a drafter."""
 
 Key = tuple[Any, ...]
 
@@ -69,13 +67,13 @@ def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key
 
 APPEND, RULES, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("score",), ("logits",)
 SAMPLE, SAMPLE_LEGAL = ("sample",), ("sample_legal",)
-CACHED, PROPOSALS = ("cached tokens",), ("proposals",)
+CATCH_UP, PROPOSALS = ("catch up",), ("proposals",)
 
 
 def declare(signature: Signature) -> dict[Key, Program]:
     """Every program the engine may call, largest first so that a parallel compile ends evenly."""
     declared = [*_prefill(signature), *_decode(signature), *_after_prefill(signature), _append(signature),
-                _rules(signature), *_cached(signature), *_proposals(signature), *_with_grammars(signature)]
+                _rules(signature), *_catch_up(signature), *_proposals(signature), *_with_grammars(signature)]
     options = compiler_options(signature)
     return {key: replace(program, compiler_options=options) for key, program in declared}
 
@@ -211,12 +209,14 @@ def _rules(signature: Signature) -> tuple[Key, Program]:
                           out_shardings=_placements(signature).rows)
 
 
-def _cached(signature: Signature) -> Iterator[tuple[Key, Program]]:
+def _catch_up(signature: Signature) -> Iterator[tuple[Key, Program]]:
     pair: Any = signature.model
-    if signature.batcher.config.num_speculative_tokens and pair.drafter.needs_cached_tokens:
-        yield CACHED, Program("cached tokens", partial(speculative_step.enter_cached, pair),
-                              (signature.state, signature.host_array(2 + CACHED_TOKENS)), donate=(0,),
-                              out_shardings=_placements(signature))
+    config = signature.batcher.config
+    if config.num_speculative_tokens and pair.drafter.num_caught_up:
+        told = signature.host_array(2 + pair.drafter.num_caught_up + config.max_pages_per_row)
+        yield CATCH_UP, Program("catch up with a row", partial(speculative_step.catch_up, pair),
+                                (signature.params, signature.state, told), donate=(1,),
+                                out_shardings=_placements(signature))
 
 
 def _proposals(signature: Signature) -> Iterator[tuple[Key, Program]]:

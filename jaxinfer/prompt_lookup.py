@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxinfer import sharding
 from jaxinfer.acceptance import Drafted
-from jaxinfer.drafter import Drafter, Prefilled, Round, Wanted
+from jaxinfer.drafter import Drafter, Prefilled, Round, Told, Wanted
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
 
@@ -47,7 +47,7 @@ class PromptLookup(Drafter):
     max_model_len: int
     mesh: jax.sharding.Mesh | None = None
     may_decline = True
-    needs_cached_tokens = True
+    num_caught_up = 2048
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,9 +73,9 @@ class PromptLookup(Drafter):
     def insist(self, state: History, on: bool) -> History:
         return state._replace(always=jax.device_put(jnp.array(on), self._place))
 
-    def enter_cached(self, state: History, slot: jax.Array, first: jax.Array, tokens: jax.Array) -> History:
-        positions = first + jnp.arange(tokens.shape[0])
-        return put(state, jnp.full_like(tokens, slot), positions, tokens, tokens >= 0)
+    def catch_up(self, params: Any, state: History, told: Told) -> History:
+        positions = told.first + jnp.arange(told.tokens.shape[0])
+        return put(state, jnp.full_like(told.tokens, told.slot), positions, told.tokens, told.tokens >= 0)
 
     def observe_prefill(self, params: Any, state: History, rows: RowState, seen: Prefilled) -> History:
         num_tokens, ends = seen.tokens.shape[0], seen.rows.cu_q_lens

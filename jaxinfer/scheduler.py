@@ -25,15 +25,17 @@ from jaxinfer.planning import (
     Planning,
     advance,
     advance_speculating,
+    catch_up,
     decode_plan,
     most_left,
     num_missing,
+    num_watched,
     prefill_plan,
     sampler_of,
     short_of_pages,
 )
 from jaxinfer.prefix_sharing import PrefixSharing
-from jaxinfer.sequence import NO_SLOT, Sequence
+from jaxinfer.sequence import NO_SLOT, Sequence, refuse_endless
 from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk
 
 by_key = attrgetter("key")
@@ -87,22 +89,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues the n samples of a request."""
-        self._refuse_endless(request)
+        if request.id in self._requests:
+            raise InvalidRequest("id", f"{request.id!r} belongs to an unfinished request; choose another")
+        refuse_endless(request, self.config.max_model_len)
         sequences = [Sequence(request, index) for index in range(request.params.n)]
         self._requests[request.id] = sequences
         for seq in sequences:
             insort(self._waiting, seq, key=by_key)
-
-    def _refuse_endless(self, request: Request) -> None:
-        """What could not be planned to its end. Fronts validate more, and earlier."""
-        length, limit = len(request.prompt) + request.max_tokens, self.config.max_model_len
-        if request.id in self._requests:
-            raise InvalidRequest("id", f"{request.id!r} belongs to an unfinished request; choose another")
-        if not request.prompt or request.max_tokens < 1:
-            raise InvalidRequest("prompt", "needs at least one prompt token and max_tokens of at least 1")
-        if length > limit:
-            raise InvalidRequest("max_tokens", f"prompt and max_tokens={request.max_tokens} are {length} tokens, over "
-                                 f"max_model_len={limit}; shorten one of them")
 
     def cancel(self, request_id: str, index: int | None = None) -> list[TokenChunk]:
         """Ends a request, or a sample whose text holds a stop string; their last chunks. Unknown ones are ignored.
@@ -194,6 +187,9 @@ class Scheduler:
             rows = self._reserve(plan, rows, short)
         plan.decodes = rows
         plan.budget -= len(rows)
+        for seq in self._drafts.late(rows) if self._drafts else ():
+            seq.watched = True
+            catch_up(plan, seq, len(seq.tokens), self.pool)
 
     def _reserve(self, plan: Planning, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
         """Gets pages for the `short` ones, best first; returns the rows that can run.
@@ -282,8 +278,10 @@ class Scheduler:
             self.metrics.record_start(seq.stats)
         plan.init_rows.append(seq.row_init())
         plan.new_pages.append((seq.slot, 0, tuple(pages)))
-        if self._drafts and shared:
-            plan.cached.append((seq.slot, tuple(seq.tokens[:seq.planned])))
+        if self._drafts:
+            rivals = min(len(self._running) + len(self._waiting), self.config.max_num_seqs)
+            seq.watched = self._drafts.watches(seq, rivals, seq.planned - num_watched(seq, self.pool))
+            catch_up(plan, seq, seq.planned, self.pool)
         self._plan_chunk(plan, seq)
         return True
 

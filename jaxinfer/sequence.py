@@ -1,6 +1,7 @@
 """One sample of one request while the scheduler holds it. No jax here."""
 
 from jaxinfer.acceptance_rate import AcceptanceRate
+from jaxinfer.errors import InvalidRequest
 from jaxinfer.page_pool import Digest
 from jaxinfer.types import Request, RequestStats, RowInit, Ruled, SamplerForm, TokenLogprobs
 
@@ -33,7 +34,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
-        "num_drafted", "acceptance", "making",  # of a row that speculates
+        "num_drafted", "watched", "acceptance", "making",  # of a row that speculates
         "matcher",  # its place in its grammar, behind the known tokens; None without one
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
@@ -56,6 +57,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.finished = False
         self.stats = RequestStats(arrival=request.arrival, num_prompt_tokens=self.num_prompt)
+        self.watched = True  # the drafter computes its prompt, without which it is not asked
         self.acceptance = AcceptanceRate()
         self.making = AcceptanceRate()  # of rounds: those asked for proposals, those that had any
         self.hashes: list[Digest] = []
@@ -123,6 +125,16 @@ class Sequence:
         if rules is None:
             return None
         return Ruled(rules, self.request.prompt, tuple(self.tokens[self.num_prompt:]))
+
+
+def refuse_endless(request: Request, max_model_len: int) -> None:
+    """Raises InvalidRequest for what could not be planned to its end. Fronts validate more, and earlier."""
+    length = len(request.prompt) + request.max_tokens
+    if not request.prompt or request.max_tokens < 1:
+        raise InvalidRequest("prompt", "needs at least one prompt token and max_tokens of at least 1")
+    if length > max_model_len:
+        raise InvalidRequest("max_tokens", f"prompt and max_tokens={request.max_tokens} are {length} tokens, over "
+                             f"max_model_len={max_model_len}; shorten one of them")
 
 
 def _sampler_form(request: Request) -> SamplerForm:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxinfer import row_state, rule_table, steps
 from jaxinfer.acceptance import Drafted, Kept, accept
 from jaxinfer.draft_pair import DraftPair, Pair
-from jaxinfer.drafter import Prefilled, Round, Wanted
+from jaxinfer.drafter import Prefilled, Round, Told, Wanted
 from jaxinfer.layout import PrefillLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
@@ -33,14 +33,21 @@ def prefill_step(pair: DraftPair, layout: PrefillLayout, params: Pair, state: De
     packed = steps.pack_rows(state.rows, fields)
     decodes = fields.on_device & (packed.rows.kv_lens > 0)
     seen = Prefilled(packed.tokens, packed.positions, packed.rows, fields.slots, decodes, hidden)
-    draft = pair.drafter.observe_prefill(params, draft, state.rows, seen)
+
+    def observed(draft):
+        return pair.drafter.observe_prefill(params, draft, state.rows, seen)
+
+    if pair.drafter.prompts_cost:
+        draft = jax.lax.cond(fields.watched, observed, lambda draft: draft, draft)
+    else:
+        draft = observed(draft)
     return DeviceState(Pair(pages, draft), state.rows), unsampled, hidden
 
 
-def enter_cached(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> DeviceState:
-    """The state after `Drafter.enter_cached`. inputs: i32[2 + n], slot, first position, tokens."""
-    pages, draft = state.kv_pages
-    draft = pair.drafter.enter_cached(draft, inputs[0], inputs[1], inputs[2:])
+def catch_up(pair: DraftPair, params: Pair, state: DeviceState, inputs: jax.Array) -> DeviceState:
+    """The state after `Drafter.catch_up`. inputs: i32[2 + n + M], slot, first position, tokens, pages."""
+    (pages, draft), behind = state.kv_pages, 2 + pair.drafter.num_caught_up
+    draft = pair.drafter.catch_up(params, draft, Told(inputs[0], inputs[1], inputs[2:behind], inputs[behind:]))
     return DeviceState(Pair(pages, draft), state.rows)
 
 
@@ -139,7 +146,11 @@ def wanted_of(rows: RowState, fields: SpeculateFields) -> Wanted:
 def verifying_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, drafted: Drafted,
                     wanted: Wanted, masks: jax.Array | None = None) -> tuple[DeviceState, jax.Array]:
     """The proposals that the target keeps, and one token more. masks: of `verify_step`."""
-    rows, slots, alive, sampling = state.rows, wanted.slots, wanted.alive, wanted.sampling
+    rows, num_rows = state.rows, wanted.slots.shape[0]
+    # Where a program has more rows than there are slots, those behind are empty: their tokens would double the work.
+    most = min(num_rows, rows.kv_len.shape[0] - 1)
+    drafted, wanted, masks = jax.tree.map(lambda field: field[:most], (drafted, wanted, masks))
+    slots, alive, sampling = wanted.slots, wanted.alive, wanted.sampling
     logits, hidden, pages = verify(pair, params, state.kv_pages, rows, slots, alive, drafted, wanted.page_indices)
     positions = rows.kv_len.at[slots].get(mode="clip") + 1
     ruled = logits if masks is None else legal(logits, masks)
@@ -152,7 +163,9 @@ def verifying_round(pair: DraftPair, form: SamplerForm, params: Pair, state: Dev
     if form is SamplerForm.FULL:
         after = row_state.record(after, slots, kept.tokens, kept.count)
     seen = Round(slots, alive, wanted.page_indices, kept.tokens, kept.count, hidden)
-    return observe(pair, params, DeviceState(pages, after), rows, seen), pack(logits, kept, drafted, form, scored)
+    result = pack(logits, kept, drafted, form, scored)
+    padded = jnp.pad(result, ((0, num_rows - most), (0, 0), (0, 0)), constant_values=-1)
+    return observe(pair, params, DeviceState(pages, after), rows, seen), padded
 
 
 def observe(pair: DraftPair, params: Pair, state: DeviceState, before: RowState, seen: Round) -> DeviceState:

@@ -177,9 +177,12 @@ def measured_drafts(executor: Executor, config: EngineConfig, say: Callable[[str
     """How many tokens are drafted, by what rounds take on this device; None without a drafter."""
     if not config.num_speculative_tokens:
         return None
-    seconds = executor.measure_rounds()
+    seconds, catch_up = executor.measure_rounds(), executor.measure_catch_up()
     say(f"milliseconds of a decode round:\n{draft_lengths.table(seconds, config.num_speculative_tokens)}")
-    return DraftLengths(config.num_speculative_tokens, seconds)
+    if catch_up is not None:
+        say(f"milliseconds of {catch_up.tokens} tokens that the draft model has to catch up with: "
+            f"{catch_up.seconds * 1e3:.2f}")
+    return DraftLengths(config.num_speculative_tokens, seconds, catch_up)
 
 
 def choose_dtype(name: str, folder: Path) -> jnp.dtype:

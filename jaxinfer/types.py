@@ -6,7 +6,7 @@ Letters as in README.md: R rows of a step, V vocabulary, C tokens a page.
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from jaxinfer.grammar import CompiledGrammar
@@ -195,6 +195,19 @@ class Ruled:
     output: tuple[int, ...]
 
 
+class CaughtUp(NamedTuple):
+    """The first tokens of a row, and all of its pages. They were computed in steps that its drafter did not see: by the
+    row that the pages of the prefix cache are of, or by this one when drafting did not pay.
+
+    num_watched: those of them whose half of the pages a draft model has.
+    """
+
+    slot: int
+    num_watched: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One device call as plain data: with the checkpoint it alone determines what the device does.
@@ -212,8 +225,8 @@ class StepPlan:
     num_drafted: per row, proposals wanted in each round; () where no row drafts
     constrained: the step samples only once the host has sent the masks of its rows' grammars; a prefill step, or a
                 decode step of one round with proposals
-    cached:    (slot, first tokens of a row that begins) of rows whose pages come from the prefix cache in part, where
-               the engine speculates: a drafter may want the tokens
+    watched:   whether a drafter to which prompts are work computes this step's; in all other steps it does not matter
+    caught_up: tokens that a drafter is told before the step, where the engine speculates
     proposals: (slot, position of the first, tokens) from a drafter elsewhere, entered before the step
     """
 
@@ -231,7 +244,8 @@ class StepPlan:
     next_tokens: tuple[int, ...] = ()
     num_drafted: tuple[int, ...] = ()
     constrained: bool = False
-    cached: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    watched: bool = True
+    caught_up: tuple[CaughtUp, ...] = ()
     proposals: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     @property

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer import draft_lengths
-from jaxinfer.draft_lengths import DraftLengths, RoundSeconds
+from jaxinfer.draft_lengths import CatchUp, DraftLengths, RoundSeconds
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import Request, SamplerForm, SamplingParams, StepKind, StepPlan, StepResult
 
@@ -16,6 +16,9 @@ CHEAP = RoundSeconds(1.0, 1.1, 1.4)
 """Of a device that reads weights: a proposal costs a tenth of a round."""
 DEAR = RoundSeconds(1.0, 5.0, 6.0)
 """Of a device that computes: even kept whole, five tokens take longer than five rounds."""
+
+BURST = {form: {4: CHEAP, 64: DEAR} for form in SamplerForm}
+CHUNK = CatchUp(256, 1.0)
 
 
 def sequences(count: int, temperature: float = 0.0, max_tokens: int = 5000) -> list[Sequence]:
@@ -133,11 +136,62 @@ def test_kept_probes_bring_it_back():
 
 
 def test_rows_that_go_on_alone_after_a_burst_draft_again():
-    drafts, rows = DraftLengths(MOST, {form: {4: CHEAP, 64: DEAR} for form in SamplerForm}), sequences(40)
+    drafts, rows = DraftLengths(MOST, BURST), sequences(40)
     teach(drafts, rows, [5] * 8)
     assert chosen(drafts, rows) == [0] * 40
     teach_often(drafts, rows, [1] * 8, 20, num_drafted=0)
     assert chosen(drafts, rows[:4]) == [MOST] * 4
+
+
+def test_prompts_are_computed_where_proposals_would_pay():
+    drafts, (row,) = DraftLengths(MOST, BURST, CHUNK), sequences(1)
+    assert drafts.watches(row, 4, 0) and not drafts.watches(row, 5, 0)
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    assert not drafts.watches(row, 4, 0), "nothing is kept"
+    assert DraftLengths(MOST, BURST).watches(row, 40, 99), "a drafter to which prompts are no work sees all rows"
+    assert DraftLengths(MOST).watches(row, 40, 99), "nothing is known of rounds"
+
+
+def test_a_row_in_so_many_is_seen_to_learn_what_acceptance_is_now():
+    drafts, (row,) = DraftLengths(MOST, BURST, CHUNK), sequences(1)
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    seen = [index for index in range(100) if drafts.watches(row, 4, 0)]
+    assert seen == [draft_lengths.PROBE_ROWS * n - 1 for n in (1, 2, 3)]
+    assert not any(drafts.watches(row, 40, 0) for _ in range(100)), "even kept whole, they would not pay"
+    assert drafts.watches(row, 4, 0)
+
+
+def test_catching_up_must_pay_for_itself():
+    """CHEAP saves under a round of each token that is left; a chunk of 8 tokens takes 20 rounds of one row."""
+    drafts = DraftLengths(MOST, BURST, CatchUp(8, 20.0))
+    (long,), (short,) = sequences(1, max_tokens=500), sequences(1, max_tokens=30)
+    assert drafts.watches(long, 1, 40) and not drafts.watches(long, 1, 4000)
+    assert drafts.watches(short, 1, 0) and not drafts.watches(short, 1, 8)
+    assert drafts.watches(long, 1, 64) and not drafts.watches(long, 4, 64), "a round is of four rows"
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    assert not drafts.watches(long, 1, 8)
+
+
+def test_unseen_rows_are_not_drafted_for_and_do_not_count():
+    """Two of 40 rows that the drafter has seen do not pay for a round with proposals; 40 do."""
+    drafts, rows = lengths(CHEAP), sequences(40)
+    for seq in rows[:38]:
+        seq.watched = False
+    assert chosen(drafts, rows) == [0] * 40
+    assert chosen(drafts, rows[20:]) == [0] * 20
+    assert chosen(drafts, rows[37:]) == [0, *chosen(lengths(CHEAP), sequences(2))]
+    assert chosen(drafts, rows[:3]) == [0] * 3
+
+
+def test_rows_left_behind_by_a_burst_are_caught_up_with():
+    drafts, rows = DraftLengths(MOST, BURST, CHUNK), sequences(40)
+    for seq in rows[:39]:
+        seq.watched = False
+    assert drafts.late(rows) == []
+    assert drafts.late(rows[36:]) == rows[36:39]
+    ending = rows[0]
+    ending.tokens += [7] * (draft_lengths.left_of(ending) - 2)
+    assert drafts.late([ending]) == [], "two tokens are not worth it"
 
 
 def test_sampling_rows_are_judged_by_their_own_rounds():

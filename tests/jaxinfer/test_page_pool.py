@@ -198,6 +198,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.block_of: dict[int, bytes] = {}
         self.idle: list[int] = []
+        self.watched: dict[int, bool] = {}
 
     @rule(count=st.integers(0, 7))
     def allocate(self, count: int):
@@ -220,12 +221,23 @@ class PoolMachine(RuleBasedStateMachine):
         self.idle += [page for page in reversed(table) if page not in held and page in self.block_of]
 
     @precondition(lambda self: self.tables)
-    @rule(data=st.data(), block=st.integers(0, 5))
-    def register(self, data: st.DataObject, block: int):
+    @rule(data=st.data(), block=st.integers(0, 5), watched=st.booleans())
+    def register(self, data: st.DataObject, block: int, watched: bool):
         page = data.draw(st.sampled_from(data.draw(st.sampled_from(self.tables))))
-        self.pool.register(page, bytes([block]))
+        self.pool.register(page, bytes([block]), watched=watched)
         if page not in self.block_of and bytes([block]) not in self.block_of.values():
             self.block_of[page] = bytes([block])
+            self.watched[page] = watched
+
+    @rule(blocks=st.lists(st.integers(0, 5), unique=True), watch=st.booleans())
+    def ask_what_is_watched(self, blocks: list[int], watch: bool):
+        """Of registered pages, which keep it until they are somebody else's."""
+        pages = self.pool.match(bytes([block]) for block in blocks)
+        known = [self.watched[page] for page in pages]
+        assert self.pool.num_watched(pages) == (known.index(False) if False in known else len(known))
+        if watch:
+            self.pool.watch(pages)
+            self.watched.update(dict.fromkeys(pages, True))
 
     @rule(blocks=st.lists(st.integers(0, 5), unique=True))
     def share(self, blocks: list[int]):

@@ -115,7 +115,7 @@ def test_tokens_of_cached_pages_are_found(executor):
     for name, ids, count in (("first", prompt, 5), ("between", range(150, 190), 1), ("again", prompt, 5)):
         engine.add(request(name, ids, count, temperature=0.0))
         run(engine)
-    assert [plan.cached for plan, _ in results if plan.cached] == [((0, tuple(prompt[:16])),)]
+    assert [row[:3] for plan, _ in results for row in plan.caught_up] == [(0, 16, tuple(prompt[:16]))]
     assert [(result.tokens, result.made_counts) for _, result in decodes_of(results)] == [([[4, 5, 6, 7]], [[3]])] * 2
 
 

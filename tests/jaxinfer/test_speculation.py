@@ -155,6 +155,16 @@ def real(repository):
     return cache(partial(real_executor, repository / "tests" / "data" / "parity" / "llama-tied"))
 
 
+@dataclass(frozen=True)
+class Poisoned(DraftModel):
+    """What it has not computed is NaN. It catches up in chunks that end within pages."""
+
+    num_caught_up = 6
+
+    def new_state(self, num_pages, page_size):
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), super().new_state(num_pages, page_size))
+
+
 def real_executor(folder: Path, drafter: str | None, num_drafted: int = 0, shards: int = 1) -> Executor:
     """The target alone, with itself as its drafter, with one of random weights, or with prompt lookup ("ngram")."""
     mesh = sharding.make_mesh(shards) if shards > 1 else None
@@ -169,7 +179,7 @@ def real_executor(folder: Path, drafter: str | None, num_drafted: int = 0, shard
         model, params = DraftPair(model, lookup), Pair(params, ())
     elif drafter is not None:
         other = params if drafter == "itself" else init_params(loaded.config, dtype=jnp.float32, mesh=mesh)
-        model, params = DraftPair(model, DraftModel(model, num_drafted)), Pair(params, other)
+        model, params = DraftPair(model, Poisoned(model, num_drafted)), Pair(params, other)
     executor = Executor(model, params, config, sharding.sharding(mesh, jax.sharding.PartitionSpec()))
     executor.warm_up(workers=2, progress=lambda name: None)
     return executor
@@ -211,6 +221,80 @@ def test_the_draft_model_has_seen_all_of_every_row(real, given):
     steps = [(plan, ids) for plan, result in results if plan.kind is StepKind.DECODE for ids in result.tokens]
     whole = sum(len(ids) == plan.num_rounds * 6 for plan, ids in steps)
     assert len(steps) > 20 and whole + 8 + 2 >= sum(bool(ids) for _, ids in steps)  # 8 rows end, 2 for rounding
+
+
+class Sighted(DraftLengths):
+    """The drafter sees the rows that `seen` names by how many began before; others only once `late` is set."""
+
+    def __init__(self, most: int, seen: list[bool]):
+        super().__init__(most)
+        self._seen = iter(seen)
+        self.catches_up = False
+
+    def watches(self, seq, num_rows, num_unseen):
+        return next(self._seen)
+
+    def late(self, rows):
+        return [seq for seq in rows if not seq.watched] if self.catches_up else []
+
+    def choose(self, rows, rounds, form):
+        for seq in rows:
+            seq.num_drafted = self.most * seq.watched
+
+
+def test_rows_that_the_drafter_has_not_seen_are_not_drafted_for(real):
+    """Their pages of it hold NaN, which reaches neither what they say nor what others say."""
+    requests = [request(str(index), [(11 * i) % 250 + 3 for i in range(9 + index)], 24, given=5, arrival=float(index),
+                        temperature=0.8 * (index % 2)) for index in range(8)]  # fmt: skip
+    plain, drafts = answers(real(None), requests, together=False), Sighted(5, [True, False] * 4)
+    engine, found = new_engine(real("itself", 5), drafts=drafts), {}
+    results = record_results(engine)
+    for one in requests:
+        engine.add(one)
+    found = run(engine)
+    assert [ids_of(found[one.id, 0]) for one in requests] == plain
+    drafted = [plan.num_drafted for plan, _ in results if plan.num_drafted]
+    assert any(0 in counts and 5 in counts for counts in drafted)
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_the_draft_model_catches_up_with_cached_pages(real, given):
+    """The first row of each prefix is not seen; those that find its pages are, and what they are proposed is kept."""
+    engine = new_engine(real("itself", 5), drafts=Sighted(5, [False, True, True, False, True, True]))
+    results = record_results(engine)
+    for index in range(6):
+        prompt = [(11 * i + index // 3) % 250 + 3 for i in range(21)] + [index]
+        engine.add(request(str(index), prompt, 21, temperature=0.8 * (index % 2), given=given))
+        run(engine)
+    caught_up = [(row.num_watched, len(row.tokens)) for plan, _ in results for row in plan.caught_up]
+    assert caught_up == [(0, 20), (20, 20)] * 2
+    check_all_is_kept(results, num_ends=4)
+
+
+def test_the_draft_model_catches_up_with_rows_in_decode(real):
+    """Rows begin unseen and decode; from then on that the drafter is to see them, all that it proposes is kept but for
+    the token that was in flight.
+    """
+    drafts = Sighted(5, [False] * 3)
+    engine = new_engine(real("itself", 5), drafts=drafts)
+    results = record_results(engine)
+    for index in range(3):
+        engine.add(request(str(index), [(7 * i + index) % 250 + 3 for i in range(10 + index)], 45, temperature=0.0))
+    while len(results) < 4:
+        engine.step()
+    drafts.catches_up, before = True, len(results)
+    run(engine)
+    told = [row for plan, _ in results for row in plan.caught_up]
+    assert sorted(row.slot for row in told) == [0, 1, 2] and all(len(row.tokens) > 10 for row in told)
+    check_all_is_kept(results[before:], num_ends=3, num_odd=3)
+
+
+def check_all_is_kept(results, *, num_ends: int, num_odd: int = 0) -> None:
+    """Of rows with 5 proposals, but for the last step of each and `num_odd` others."""
+    rows = [(len(ids), plan.num_rounds) for plan, result in results if plan.num_drafted
+            for ids, drafted in zip(result.tokens, plan.num_drafted, strict=True) if ids and drafted]  # fmt: skip
+    whole = sum(count == rounds * 6 for count, rounds in rows)
+    assert whole >= 4 and whole + num_ends + num_odd >= len(rows)
 
 
 def test_measuring_rounds_leaves_an_engine_that_answers_right(real):
