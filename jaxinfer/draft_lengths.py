@@ -100,7 +100,7 @@ class DraftLengths:
         return watched
 
     def late(self, rows: list[Sequence]) -> list[Sequence]:
-        """Of decode rows those that the drafter has not seen, and should have by now: fewer rows are left."""
+        """Of decode rows those that the drafter has not seen, and should see by now: fewer rows are left."""
         unseen = [seq for seq in rows if not seq.watched]
         if not unseen or self._seconds is None:
             return []

@@ -1,7 +1,8 @@
 """A plan while it is made, and what planning does to its decode rows. No jax here."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.page_pool import PagePool
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import CaughtUp, RowInit, SamplerForm, StepKind, StepPlan
@@ -74,6 +75,23 @@ def sampler_of(rows: list[Sequence]) -> SamplerForm:
     """The smallest sampler that covers decode rows that speculate."""
     return max((SamplerForm.FULL if seq.certain < seq.full_below else seq.form for seq in rows),
                default=SamplerForm.GREEDY)
+
+
+def to_decode(running: list[Sequence], *, speculating: bool) -> list[Sequence]:
+    """The rows that are past their prompts, and may have tokens left behind the steps in flight."""
+    if speculating:
+        return [seq for seq in running if seq.decoding and seq.certain < seq.end]
+    return [seq for seq in running if seq.decoding and seq.planned < seq.end]
+
+
+def choose_lengths(plan: Planning, rows: list[Sequence], ready: Collection[Sequence], drafts: DraftLengths) -> None:
+    """How much is drafted for each row. ready: those that the drafter will have seen by then."""
+    for seq in ready:
+        seq.watched = True
+    drafts.choose(rows, plan.rounds, sampler_of(rows))
+    for seq in ready:  # until it is sure that they run
+        seq.watched = False
+    plan.drafts = any(seq.num_drafted for seq in rows)
 
 
 def most_left(rows: list[Sequence], *, speculating: bool) -> int:

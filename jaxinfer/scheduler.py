@@ -26,13 +26,14 @@ from jaxinfer.planning import (
     advance,
     advance_speculating,
     catch_up,
+    choose_lengths,
     decode_plan,
     most_left,
     num_missing,
     num_watched,
     prefill_plan,
-    sampler_of,
     short_of_pages,
+    to_decode,
 )
 from jaxinfer.prefix_sharing import PrefixSharing
 from jaxinfer.sequence import NO_SLOT, Sequence, refuse_endless
@@ -168,17 +169,17 @@ class Scheduler:
 
     def _plan_decodes(self, plan: Planning) -> None:
         """One token (or `rounds`) for each running row that is past its prompt, and pages for them."""
-        if self._drafts:
-            rows = [seq for seq in self._running if seq.decoding and seq.certain < seq.end]
-        else:
-            rows = [seq for seq in self._running if seq.decoding and seq.planned < seq.end]
+        rows = to_decode(self._running, speculating=self._drafts is not None)
         if not rows:
             return
-        if not (plan.single or self._waiting or self._num_prefilling or self._num_constrained):
+        drafts = None if self._num_prefilling else self._drafts
+        late = drafts.late(rows) if drafts else []
+        ready = {seq for seq in late if seq.num_in_flight <= 1}  # the last two tokens a draft model computes itself
+        busy = self._waiting or self._num_prefilling or self._num_constrained or len(ready) < len(late)
+        if not (plan.single or busy):
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
-        if self._drafts and not self._num_prefilling:
-            self._drafts.choose(rows, plan.rounds, sampler_of(rows))
-            plan.drafts = any(seq.num_drafted for seq in rows)
+        if drafts:
+            choose_lengths(plan, rows, ready, drafts)
         short = short_of_pages(plan, rows)
         if not plan.is_least and num_missing(plan, short, self.pool.page_size) > self.pool.num_free:
             plan.rounds, plan.drafts = 1, False
@@ -187,9 +188,10 @@ class Scheduler:
             rows = self._reserve(plan, rows, short)
         plan.decodes = rows
         plan.budget -= len(rows)
-        for seq in self._drafts.late(rows) if self._drafts else ():
-            seq.watched = True
-            catch_up(plan, seq, len(seq.tokens), self.pool)
+        for seq in rows if ready else ():
+            if seq in ready:
+                seq.watched = True
+                catch_up(plan, seq, len(seq.tokens), self.pool)
 
     def _reserve(self, plan: Planning, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
         """Gets pages for the `short` ones, best first; returns the rows that can run.

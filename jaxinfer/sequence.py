@@ -91,6 +91,11 @@ class Sequence:
         """Of a decode row that speculates: tokens that the planned steps compute at least, unless it stops."""
         return min(len(self.tokens) - 1 + sum(fewest for fewest, _ in self.flights), self.end)
 
+    @property
+    def num_in_flight(self) -> int:
+        """Of a decode row that speculates: tokens that the steps in flight bring at most."""
+        return sum(most for _, most in self.flights)
+
     def take_off(self, fewest: int, most: int) -> None:
         """A step is planned that samples so many tokens."""
         self.flights.append((fewest, most))

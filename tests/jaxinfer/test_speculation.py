@@ -264,7 +264,7 @@ def test_the_draft_model_catches_up_with_cached_pages(real, given):
     results = record_results(engine)
     for index in range(6):
         prompt = [(11 * i + index // 3) % 250 + 3 for i in range(21)] + [index]
-        engine.add(request(str(index), prompt, 21, temperature=0.8 * (index % 2), given=given))
+        engine.add(request(str(index), prompt, 41, temperature=0.8 * (index % 2), given=given))
         run(engine)
     caught_up = [(row.num_watched, len(row.tokens)) for plan, _ in results for row in plan.caught_up]
     assert caught_up == [(0, 20), (20, 20)] * 2
@@ -272,9 +272,7 @@ def test_the_draft_model_catches_up_with_cached_pages(real, given):
 
 
 def test_the_draft_model_catches_up_with_rows_in_decode(real):
-    """Rows begin unseen and decode; from then on that the drafter is to see them, all that it proposes is kept but for
-    the token that was in flight.
-    """
+    """Rows begin unseen and decode; once the drafter has seen all that they said, all that it proposes is kept."""
     drafts = Sighted(5, [False] * 3)
     engine = new_engine(real("itself", 5), drafts=drafts)
     results = record_results(engine)
@@ -282,19 +280,19 @@ def test_the_draft_model_catches_up_with_rows_in_decode(real):
         engine.add(request(str(index), [(7 * i + index) % 250 + 3 for i in range(10 + index)], 45, temperature=0.0))
     while len(results) < 4:
         engine.step()
-    drafts.catches_up, before = True, len(results)
+    drafts.catches_up = True
     run(engine)
     told = [row for plan, _ in results for row in plan.caught_up]
     assert sorted(row.slot for row in told) == [0, 1, 2] and all(len(row.tokens) > 10 for row in told)
-    check_all_is_kept(results[before:], num_ends=3, num_odd=3)
+    check_all_is_kept(results, num_ends=3)
 
 
-def check_all_is_kept(results, *, num_ends: int, num_odd: int = 0) -> None:
-    """Of rows with 5 proposals, but for the last step of each and `num_odd` others."""
+def check_all_is_kept(results, *, num_ends: int) -> None:
+    """Of rows with 5 proposals, but for the last step of each."""
     rows = [(len(ids), plan.num_rounds) for plan, result in results if plan.num_drafted
             for ids, drafted in zip(result.tokens, plan.num_drafted, strict=True) if ids and drafted]  # fmt: skip
     whole = sum(count == rounds * 6 for count, rounds in rows)
-    assert whole >= 4 and whole + num_ends + num_odd >= len(rows)
+    assert whole >= 3 and whole + num_ends >= len(rows)
 
 
 def test_measuring_rounds_leaves_an_engine_that_answers_right(real):
