@@ -17,16 +17,27 @@ from jaxinfer.sampling import SamplingRows, distribution
 from jaxinfer.types import SamplerForm
 
 
+class Candidates(NamedTuple):
+    """Distributions of few ids: what a drafter elsewhere says each proposal was sampled from, as it is; the row's own
+    sampling fields have no part in it. A given token is the one candidate of its distribution.
+    """
+
+    ids: jax.Array  # i32[R, X, N], of the vocabulary; distinct where `chances` is above 0
+    chances: jax.Array  # f32[R, X, N], of sum 1
+
+
 class Drafted(NamedTuple):
     """Proposals for the next X tokens of R rows.
 
-    logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields; None for
-    tokens that no distribution is known of (prompt lookup, a drafter that is not trusted).
+    logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields. candidates:
+    what they were sampled from where that is known otherwise. Both None for tokens that no distribution is known of
+    (prompt lookup, a drafter that is not trusted).
     """
 
     tokens: jax.Array  # i32[R, X]
     count: jax.Array  # i32[R], the first so many are proposals
     logits: jax.Array | None
+    candidates: Candidates | None = None
 
 
 class Kept(NamedTuple):
@@ -97,13 +108,23 @@ def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: 
     p = jax.nn.softmax(targets[:, :-1], axis=-1)
     chance = of_tokens(p, drafted.tokens)
     every = positions[:, :num_drafted]
-    if drafted.logits is not None:
-        q = jax.nn.softmax(draft_distribution(drafted.logits, rows, every, form), axis=-1)
+    q = proposed_chance(drafted, rows, every, form)
+    if q is not None:
         # What the drafter's own distribution forbids was not sampled from it: it is refused.
-        q = of_tokens(q, drafted.tokens)
         chance = jnp.where(q > 0, chance / q, 0.0)
     keys = keys_for(Use.ACCEPTANCE, repeated(rows, num_drafted).key)
     return uniform(keys, every.reshape(-1)).reshape(num_rows, num_drafted) < chance
+
+
+def proposed_chance(drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array | None:
+    """q f32[R, X] of each proposal at positions i32[R, X]; None where all are given tokens, so that it is 1."""
+    if drafted.candidates is not None:
+        ids, chances = drafted.candidates
+        return jnp.sum(jnp.where(ids == drafted.tokens[..., None], chances, 0.0), axis=-1)
+    if drafted.logits is not None:
+        return of_tokens(jax.nn.softmax(draft_distribution(drafted.logits, rows, positions, form), axis=-1),
+                         drafted.tokens)
+    return None
 
 
 def draft_distribution(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
@@ -126,7 +147,10 @@ def recover(targets: jax.Array, drafted: Drafted, rows: SamplingRows, at: jax.Ar
     index = jnp.arange(len(at))
     refused = jnp.minimum(at, drafted.tokens.shape[1] - 1)
     p = jax.nn.softmax(targets[index, at], axis=-1)
-    if drafted.logits is not None:
+    if drafted.candidates is not None:  # kept few until here: R rows of V, not R times X
+        ids, chances = (field[index, refused] for field in drafted.candidates)
+        q = jnp.zeros_like(p).at[index[:, None], ids].add(chances, mode="drop")
+    elif drafted.logits is not None:
         logits = drafted.logits[index, refused][:, None]
         q = jax.nn.softmax(draft_distribution(logits, rows, positions[:, None], form)[:, 0], axis=-1)
     else:

@@ -209,10 +209,7 @@ class Executor:
 
     def _enter_proposals(self, plan: StepPlan) -> None:
         pair: Any = self._model
-        table = np.full((self.config.max_num_seqs, 2 + pair.drafter.num_entered), -1, np.int32)
-        table[:, 0] = self._batcher.no_slot
-        for row, (slot, first, tokens) in zip(table, plan.proposals, strict=False):
-            row[:2], row[2:2 + len(tokens)] = (slot, first), tokens
+        table = self._batcher.pack_proposals(plan, pair.proposal_layout)
         self._state = self._programs[PROPOSALS](self._state, self._put(table))
 
     def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:
