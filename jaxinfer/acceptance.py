@@ -22,8 +22,8 @@ class Candidates(NamedTuple):
     sampling fields have no part in it. A given token is the one candidate of its distribution.
     """
 
-    ids: jax.Array  # i32[R, X, N], of the vocabulary; distinct where `chances` is above 0
-    chances: jax.Array  # f32[R, X, N], of sum 1
+    ids: jax.Array  # i32[R, X + 1, N], of the vocabulary; distinct where `chances` is above 0
+    chances: jax.Array  # f32[R, X + 1, N], of sum 1
 
 
 class Drafted(NamedTuple):
@@ -32,12 +32,16 @@ class Drafted(NamedTuple):
     logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields. candidates:
     what they were sampled from where that is known otherwise. Both None for tokens that no distribution is known of
     (prompt lookup, a drafter that is not trusted).
+    beyond: with `candidates`, the token that the drafter has behind a row's proposals. The target's own token there is
+    drawn by the second rule too, so that it is the drafter's as often as it can be: what the drafter has said behind it
+    is then of use, though it did not wait for the target.
     """
 
     tokens: jax.Array  # i32[R, X]
     count: jax.Array  # i32[R], the first so many are proposals
     logits: jax.Array | None
     candidates: Candidates | None = None
+    beyond: jax.Array | None = None  # i32[R], -1 is none
 
 
 class Kept(NamedTuple):
@@ -73,11 +77,15 @@ def accept(logits: jax.Array, drafted: Drafted, rows: SamplingRows, positions: j
     own = first_largest_with_noise(targets, many.temperature == 0.0, many.key, every.reshape(-1))
     own, targets = own.reshape(num_rows, width), targets.reshape(logits.shape)
     same = drafted.tokens == own[:, :-1]
-    kept = jnp.where(by_noise(rows)[:, None], same, passes(targets, drafted, rows, every, form))
+    kept = jnp.where(by_noise(rows)[:, None], same, passes(targets[:, :-1], drafted, rows, every, form))
     at = num_kept(kept, drafted)
     recovered = recover(targets, drafted, rows, at, positions + at, form)
     rejected = ~by_noise(rows) & (at < drafted.count)
     index = jnp.arange(num_rows)
+    if drafted.beyond is not None:
+        goes_on = ~by_noise(rows) & (at == drafted.count) & (drafted.beyond >= 0)
+        own = own.at[index, at].set(jnp.where(goes_on, drafted.beyond, own[index, at]))
+        rejected |= goes_on & ~passes_beyond(targets, drafted, rows, positions, form)
     return keep(kept, drafted, own.at[index, at].set(jnp.where(rejected, recovered, own[index, at])))
 
 
@@ -103,9 +111,9 @@ def keep(kept: jax.Array, drafted: Drafted, following: jax.Array) -> Kept:
 
 def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm
            ) -> jax.Array:
-    """bool[R, X]: each proposal with probability min(1, p / q). targets: f32[R, X + 1, V] of `distribution`."""
+    """bool[R, X]: each proposal with probability min(1, p / q). targets: f32[R, X, V] of `distribution`."""
     num_rows, num_drafted = drafted.tokens.shape
-    p = jax.nn.softmax(targets[:, :-1], axis=-1)
+    p = jax.nn.softmax(targets, axis=-1)
     chance = of_tokens(p, drafted.tokens)
     every = positions[:, :num_drafted]
     q = proposed_chance(drafted, rows, every, form)
@@ -116,10 +124,20 @@ def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: 
     return uniform(keys, every.reshape(-1)).reshape(num_rows, num_drafted) < chance
 
 
+def passes_beyond(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm
+                  ) -> jax.Array:
+    """bool[R]: `passes` of the token beyond the proposals. targets: f32[R, X + 1, V]. positions: i32[R], of the first.
+    """
+    index, end = jnp.arange(len(positions)), drafted.count
+    only = jax.tree.map(lambda field: field[index, end][:, None], drafted.candidates)
+    one = Drafted(jnp.reshape(drafted.beyond, (-1, 1)), jnp.ones_like(end), None, only)
+    return passes(targets[index, end][:, None], one, rows, (positions + end)[:, None], form)[:, 0]
+
+
 def proposed_chance(drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array | None:
     """q f32[R, X] of each proposal at positions i32[R, X]; None where all are given tokens, so that it is 1."""
     if drafted.candidates is not None:
-        ids, chances = drafted.candidates
+        ids, chances = (field[:, :drafted.tokens.shape[1]] for field in drafted.candidates)
         return jnp.sum(jnp.where(ids == drafted.tokens[..., None], chances, 0.0), axis=-1)
     if drafted.logits is not None:
         return of_tokens(jax.nn.softmax(draft_distribution(drafted.logits, rows, positions, form), axis=-1),
@@ -148,7 +166,7 @@ def recover(targets: jax.Array, drafted: Drafted, rows: SamplingRows, at: jax.Ar
     refused = jnp.minimum(at, drafted.tokens.shape[1] - 1)
     p = jax.nn.softmax(targets[index, at], axis=-1)
     if drafted.candidates is not None:  # kept few until here: R rows of V, not R times X
-        ids, chances = (field[index, refused] for field in drafted.candidates)
+        ids, chances = (field[index, at] for field in drafted.candidates)
         q = jnp.zeros_like(p).at[index[:, None], ids].add(chances, mode="drop")
     elif drafted.logits is not None:
         logits = drafted.logits[index, refused][:, None]

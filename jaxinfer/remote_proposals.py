@@ -102,13 +102,18 @@ class RemoteProposals(Drafter):
         slots = wanted.slots
         kv_len, last = rows.kv_len.at[slots].get(mode="clip"), rows.last_token.at[slots].get(mode="clip")
         state = put(state, slots, kv_len, last, wanted.alive)
-        position = kv_len + 1
-        tokens, left = remaining(state, slots, position, self.num_drafted)
         # What greedy rows are verified against is the target's own token: distributions are of no use.
-        trusted = None if form is SamplerForm.GREEDY else candidates_of(state, slots, position, self.num_drafted)
+        trusted = state.candidates is not None and form is not SamplerForm.GREEDY
+        position, most = kv_len + 1, self.num_drafted + trusted
+        tokens, left = remaining(state, slots, position, most)
         left = jnp.where(state.always, self.num_drafted, left)
         tokens = jnp.where(state.always, last[:, None], tokens)
-        return Drafted(tokens, jnp.minimum(wanted.count, left), None, trusted), state
+        count = jnp.minimum(wanted.count, left)
+        if not trusted:
+            return Drafted(tokens, count, None), state
+        beyond = jnp.where(left > count, tokens[jnp.arange(len(count)), count], NOTHING)
+        candidates = candidates_of(state, slots, position, most)
+        return Drafted(tokens[:, :self.num_drafted], count, None, candidates, beyond), state
 
 
 def put(state: Entered, slots: jax.Array, positions: jax.Array, tokens: jax.Array, known: jax.Array) -> Entered:
@@ -139,11 +144,9 @@ def columns_of(done: jax.Array, most: int, width: int) -> jax.Array:
     return jnp.clip(done + jnp.arange(most), 0, width - 1)
 
 
-def candidates_of(state: Entered, slots: jax.Array, position: jax.Array, most: int) -> Candidates | None:
-    """[R, most, N]: of the tokens of `remaining`, what each was sampled from; None where the drafter is not trusted."""
-    if state.candidates is None:
-        return None
+def candidates_of(state: Entered, slots: jax.Array, position: jax.Array, most: int) -> Candidates:
+    """[R, most, N]: of the tokens of `remaining`, what each was sampled from."""
     done = position - state.first.at[slots].get(mode="clip")
     columns = columns_of(done[:, None], most, state.proposed.shape[1])
     # Two indices at once: a whole row's candidates would be [R, Y, N].
-    return jax.tree.map(lambda field: field.at[slots[:, None], columns].get(mode="clip"), state.candidates)
+    return Candidates(*(field.at[slots[:, None], columns].get(mode="clip") for field in state.candidates or ()))
