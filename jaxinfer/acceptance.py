@@ -1,10 +1,10 @@
-"""Which drafted tokens the target keeps, and what it says after them: exact, whatever the drafter does.
+"""Which drafted tokens the target keeps, and what it says after them: exact, whatever is drafted.
 
 Two rules. Requests with a seed, and greedy ones: the target samples every position with the request's own noise, and a
 drafted token is kept where it is that very token, so that the output is the one without speculation for any drafter
 (Gumbel coupling: Daliri, Musco, Suresh 2024, arXiv:2408.07978). Requests without a seed: rejection sampling with
 recovery (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), which keeps more and gives the
-same distribution.
+same distribution, if the drafter did sample from what it says that it sampled from; given tokens need no such promise.
 """
 
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def accept(logits: jax.Array, drafted: Drafted, rows: SamplingRows, positions: j
     if drafted.beyond is not None:
         goes_on = ~by_noise(rows) & (at == drafted.count) & (drafted.beyond >= 0)
         own = own.at[index, at].set(jnp.where(goes_on, drafted.beyond, own[index, at]))
-        rejected |= goes_on & ~passes_beyond(targets, drafted, rows, positions, form)
+        rejected |= goes_on & ~passes_beyond(targets, drafted, drafted.beyond, rows, positions, form)
     return keep(kept, drafted, own.at[index, at].set(jnp.where(rejected, recovered, own[index, at])))
 
 
@@ -124,13 +124,14 @@ def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: 
     return uniform(keys, every.reshape(-1)).reshape(num_rows, num_drafted) < chance
 
 
-def passes_beyond(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm
-                  ) -> jax.Array:
-    """bool[R]: `passes` of the token beyond the proposals. targets: f32[R, X + 1, V]. positions: i32[R], of the first.
+def passes_beyond(targets: jax.Array, drafted: Drafted, beyond: jax.Array, rows: SamplingRows, positions: jax.Array,
+                  form: SamplerForm) -> jax.Array:
+    """bool[R]: `passes` of the tokens beyond the proposals, i32[R]. targets: f32[R, X + 1, V]. positions: i32[R], of
+    the first proposal.
     """
     index, end = jnp.arange(len(positions)), drafted.count
     only = jax.tree.map(lambda field: field[index, end][:, None], drafted.candidates)
-    one = Drafted(jnp.reshape(drafted.beyond, (-1, 1)), jnp.ones_like(end), None, only)
+    one = Drafted(beyond[:, None], jnp.ones_like(end), None, only)
     return passes(targets[index, end][:, None], one, rows, (positions + end)[:, None], form)[:, 0]
 
 
