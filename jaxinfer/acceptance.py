@@ -1,10 +1,10 @@
-"""Which drafted tokens the target keeps, and what it says after them: exact, whatever the drafter does.
+"""Which drafted tokens the target keeps, and what it says after them: exact, whatever is drafted.
 
 Two rules. Requests with a seed, and greedy ones: the target samples every position with the request's own noise, and a
 drafted token is kept where it is that very token, so that the output is the one without speculation for any drafter
 (Gumbel coupling: Daliri, Musco, Suresh 2024, arXiv:2408.07978). Requests without a seed: rejection sampling with
 recovery (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), which keeps more and gives the
-same distribution.
+same distribution, if the drafter did sample from what it says that it sampled from; given tokens need no such promise.
 """
 
 from typing import NamedTuple
@@ -17,16 +17,31 @@ from jaxinfer.sampling import SamplingRows, distribution
 from jaxinfer.types import SamplerForm
 
 
+class Candidates(NamedTuple):
+    """Distributions of few ids: what a drafter elsewhere says each proposal was sampled from, as it is; the row's own
+    sampling fields have no part in it. A given token is the one candidate of its distribution.
+    """
+
+    ids: jax.Array  # i32[R, X + 1, N], of the vocabulary; distinct where `chances` is above 0
+    chances: jax.Array  # f32[R, X + 1, N], of sum 1
+
+
 class Drafted(NamedTuple):
     """Proposals for the next X tokens of R rows.
 
-    logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields; None for
-    tokens that no distribution is known of (prompt lookup, a drafter that is not trusted).
+    logits: f32[R, X, V] from which they were sampled by `distribution`, with the row's own sampling fields. candidates:
+    what they were sampled from where that is known otherwise. Both None for tokens that no distribution is known of
+    (prompt lookup, a drafter that is not trusted).
+    beyond: with `candidates`, the token that the drafter has behind a row's proposals. The target's own token there is
+    drawn by the second rule too, so that it is the drafter's as often as it can be: what the drafter has said behind it
+    is then of use, though it did not wait for the target.
     """
 
     tokens: jax.Array  # i32[R, X]
     count: jax.Array  # i32[R], the first so many are proposals
     logits: jax.Array | None
+    candidates: Candidates | None = None
+    beyond: jax.Array | None = None  # i32[R], -1 is none
 
 
 class Kept(NamedTuple):
@@ -62,11 +77,15 @@ def accept(logits: jax.Array, drafted: Drafted, rows: SamplingRows, positions: j
     own = first_largest_with_noise(targets, many.temperature == 0.0, many.key, every.reshape(-1))
     own, targets = own.reshape(num_rows, width), targets.reshape(logits.shape)
     same = drafted.tokens == own[:, :-1]
-    kept = jnp.where(by_noise(rows)[:, None], same, passes(targets, drafted, rows, every, form))
+    kept = jnp.where(by_noise(rows)[:, None], same, passes(targets[:, :-1], drafted, rows, every, form))
     at = num_kept(kept, drafted)
     recovered = recover(targets, drafted, rows, at, positions + at, form)
     rejected = ~by_noise(rows) & (at < drafted.count)
     index = jnp.arange(num_rows)
+    if drafted.beyond is not None:
+        goes_on = ~by_noise(rows) & (at == drafted.count) & (drafted.beyond >= 0)
+        own = own.at[index, at].set(jnp.where(goes_on, drafted.beyond, own[index, at]))
+        rejected |= goes_on & ~passes_beyond(targets, drafted, drafted.beyond, rows, positions, form)
     return keep(kept, drafted, own.at[index, at].set(jnp.where(rejected, recovered, own[index, at])))
 
 
@@ -92,18 +111,39 @@ def keep(kept: jax.Array, drafted: Drafted, following: jax.Array) -> Kept:
 
 def passes(targets: jax.Array, drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm
            ) -> jax.Array:
-    """bool[R, X]: each proposal with probability min(1, p / q). targets: f32[R, X + 1, V] of `distribution`."""
+    """bool[R, X]: each proposal with probability min(1, p / q). targets: f32[R, X, V] of `distribution`."""
     num_rows, num_drafted = drafted.tokens.shape
-    p = jax.nn.softmax(targets[:, :-1], axis=-1)
+    p = jax.nn.softmax(targets, axis=-1)
     chance = of_tokens(p, drafted.tokens)
     every = positions[:, :num_drafted]
-    if drafted.logits is not None:
-        q = jax.nn.softmax(draft_distribution(drafted.logits, rows, every, form), axis=-1)
+    q = proposed_chance(drafted, rows, every, form)
+    if q is not None:
         # What the drafter's own distribution forbids was not sampled from it: it is refused.
-        q = of_tokens(q, drafted.tokens)
         chance = jnp.where(q > 0, chance / q, 0.0)
     keys = keys_for(Use.ACCEPTANCE, repeated(rows, num_drafted).key)
     return uniform(keys, every.reshape(-1)).reshape(num_rows, num_drafted) < chance
+
+
+def passes_beyond(targets: jax.Array, drafted: Drafted, beyond: jax.Array, rows: SamplingRows, positions: jax.Array,
+                  form: SamplerForm) -> jax.Array:
+    """bool[R]: `passes` of the tokens beyond the proposals, i32[R]. targets: f32[R, X + 1, V]. positions: i32[R], of
+    the first proposal.
+    """
+    index, end = jnp.arange(len(positions)), drafted.count
+    only = jax.tree.map(lambda field: field[index, end][:, None], drafted.candidates)
+    one = Drafted(beyond[:, None], jnp.ones_like(end), None, only)
+    return passes(targets[index, end][:, None], one, rows, (positions + end)[:, None], form)[:, 0]
+
+
+def proposed_chance(drafted: Drafted, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array | None:
+    """q f32[R, X] of each proposal at positions i32[R, X]; None where all are given tokens, so that it is 1."""
+    if drafted.candidates is not None:
+        ids, chances = (field[:, :drafted.tokens.shape[1]] for field in drafted.candidates)
+        return jnp.sum(jnp.where(ids == drafted.tokens[..., None], chances, 0.0), axis=-1)
+    if drafted.logits is not None:
+        return of_tokens(jax.nn.softmax(draft_distribution(drafted.logits, rows, positions, form), axis=-1),
+                         drafted.tokens)
+    return None
 
 
 def draft_distribution(logits: jax.Array, rows: SamplingRows, positions: jax.Array, form: SamplerForm) -> jax.Array:
@@ -126,7 +166,10 @@ def recover(targets: jax.Array, drafted: Drafted, rows: SamplingRows, at: jax.Ar
     index = jnp.arange(len(at))
     refused = jnp.minimum(at, drafted.tokens.shape[1] - 1)
     p = jax.nn.softmax(targets[index, at], axis=-1)
-    if drafted.logits is not None:
+    if drafted.candidates is not None:  # kept few until here: R rows of V, not R times X
+        ids, chances = (field[index, at] for field in drafted.candidates)
+        q = jnp.zeros_like(p).at[index[:, None], ids].add(chances, mode="drop")
+    elif drafted.logits is not None:
         logits = drafted.logits[index, refused][:, None]
         q = jax.nn.softmax(draft_distribution(logits, rows, positions[:, None], form)[:, 0], axis=-1)
     else:

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.layout import COLUMNS, ROW_WIDTH, STOP_COLUMN, DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
+from jaxinfer.layout import (
+    COLUMNS,
+    ROW_WIDTH,
+    STOP_COLUMN,
+    DecodeLayout,
+    PrefillLayout,
+    ProposalLayout,
+    RulesLayout,
+    SpeculateLayout,
+)
 from jaxinfer.rule_table import IN_PROMPT
 from jaxinfer.types import RowInit, Ruled, StepKind, StepPlan
 
@@ -94,6 +103,19 @@ class Batcher:
         singles = num_decode_rows + sum(len(ids) == 1 for ids in chunks)
         tail[:] = singles, singles, num_rows, plan.sampler, plan.watched
         return flat, pages
+
+    def pack_proposals(self, plan: StepPlan, layout: ProposalLayout) -> np.ndarray:
+        """What drafters elsewhere propose, i32[max_num_seqs, layout.size]."""
+        table = np.zeros((self.config.max_num_seqs, layout.size), np.int32)
+        places, tokens, ids, chances = layout.views(table)
+        places[:, 0], tokens[:] = self.no_slot, -1
+        for row, one in enumerate(plan.proposals):
+            places[row] = one.slot, one.first
+            tokens[row, :len(one.tokens)] = one.tokens
+            if one.candidates is not None:
+                known, of_known = one.candidates
+                ids[row, :known.size], chances[row, :known.size] = known.ravel(), of_known.ravel()
+        return table
 
     def _put_inits(self, plan: StepPlan, rows: np.ndarray) -> None:
         floats = rows.view(np.float32)

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 
+from jaxinfer.draft_distributions import Claimed
 from jaxinfer.protos.v1 import draft_pb2 as pb
 from jaxinfer.protos.v1 import draft_pb2_grpc as pb_grpc
-from jaxinfer.remote_drafts import Proposal
+from jaxinfer.remote_drafts import LIKELIEST, Proposal, Terms
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ MOST_TOLD = 65_536
 """Tokens of a message: three bytes each at most, far below the 4 MiB that a server takes."""
 CLOSE_SECONDS = 5.0
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", 16 * 1024),  # 64 proposals and their probabilities take 1 KiB
+    ("grpc.max_receive_message_length", 16 * 1024),  # 64 proposals take 1 KiB, with distributions 12
     ("grpc.keepalive_time_ms", 20_000),  # finds a drafter whose network is gone
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.use_local_subchannel_pool", 1),  # or gRPC's own, longer pauses would outlast the channel
@@ -36,15 +38,19 @@ class _Row:
     """tokens: all that are known. sent: how many of them the running stream has carried."""
 
     tokens: list[int]
+    terms: Terms
     sent: int = 0
 
 
 class DraftClient:
-    """A `remote_drafts.ProposalSource`. address: host:port. num_wanted: proposals of a row to ask for."""
+    """A `remote_drafts.ProposalSource`. address: host:port. num_wanted: proposals of a row to ask for. num_candidates:
+    ids to ask for of the distribution of each; 0 asks for none.
+    """
 
-    def __init__(self, address: str, num_wanted: int):
+    def __init__(self, address: str, num_wanted: int, num_candidates: int = 0):
         self._address = address
         self._num_wanted = num_wanted
+        self._num_candidates = num_candidates
         self._changed = threading.Condition()  # guards all below
         self._rows: dict[int, _Row] = {}
         self._to_send: dict[int, None] = {}  # names in order, each once
@@ -56,10 +62,10 @@ class DraftClient:
         self._thread = threading.Thread(target=self._main, name="jaxinfer-drafts", daemon=True)
         self._thread.start()
 
-    def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
+    def tell(self, name: int, position: int, tokens: Sequence[int], terms: Terms = LIKELIEST) -> None:
         """See `ProposalSource`."""
         with self._changed:
-            row = self._rows.setdefault(name, _Row([]))
+            row = self._rows.setdefault(name, _Row([], terms))
             if position != len(row.tokens):
                 raise ValueError(f"row {name} has {len(row.tokens)} tokens and gets more at {position}")
             row.tokens += tokens
@@ -165,13 +171,30 @@ class DraftClient:
         first, row.sent = row.sent, min(row.sent + MOST_TOLD, len(row.tokens))
         if row.sent < len(row.tokens):
             self._to_send[name] = None
-        return pb.DraftRequest(sequence=name, position=first, token_ids=row.tokens[first:row.sent],
-                               num_wanted=self._num_wanted)
+        request = pb.DraftRequest(sequence=name, position=first, token_ids=row.tokens[first:row.sent],
+                                  num_wanted=self._num_wanted)
+        if first == 0:
+            self._put_terms(request, row.terms)
+        return request
+
+    def _put_terms(self, request: pb.DraftRequest, terms: Terms) -> None:
+        if terms.cache_salt:
+            request.cache_salt = terms.cache_salt
+        if self._num_candidates and terms.temperature > 0:
+            request.num_candidates, request.temperature = self._num_candidates, terms.temperature
 
     def _receive(self, response: pb.DraftResponse) -> None:
         """Keeps the newest of each row that runs; what it is worth is judged where it is taken."""
         with self._changed:
             if response.sequence in self._rows:
                 self._arrived[response.sequence] = Proposal(
-                    response.sequence, response.position, tuple(response.token_ids))
+                    response.sequence, response.position, tuple(response.token_ids), self._claimed(response))
                 self._changed.notify_all()
+
+    def _claimed(self, response: pb.DraftResponse) -> Claimed | None:
+        """What it says that its tokens were sampled from; None where it says nothing, or nobody has asked."""
+        told = response.HasField("num_candidates") or response.candidate_ids or response.candidate_probabilities
+        if not self._num_candidates or not told:
+            return None
+        return Claimed(len(response.token_ids), response.num_candidates, np.array(response.candidate_ids, np.int32),
+                       np.array(response.candidate_probabilities, np.float32))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxinfer.drafter import Drafter
+from jaxinfer.layout import ProposalLayout
 from jaxinfer.model import Model, Rows
 
 
@@ -52,6 +53,11 @@ class DraftPair:
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
         return getattr(self.target, "mesh", None)
+
+    @property
+    def proposal_layout(self) -> ProposalLayout:
+        """Of proposals that come from outside."""
+        return ProposalLayout(self.drafter.num_entered, self.drafter.num_candidates)
 
     def cache(self, num_pages: int, page_size: int) -> PairCache:
         """Shape, sharding and bytes of the pages and of the drafter's state."""

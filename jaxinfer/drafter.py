@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxinfer.acceptance import Drafted
+from jaxinfer.acceptance import Candidates, Drafted
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
 from jaxinfer.sampling import SamplingRows
@@ -103,6 +103,11 @@ class Drafter(Protocol):
         """Tokens of a row that `enter_proposals` takes; 0 where proposals do not come from outside."""
         return 0
 
+    @property
+    def num_candidates(self) -> int:
+        """Ids of the distribution that comes with each of them; 0 where none does."""
+        return 0
+
     def catch_up(self, params: Any, state: Any, told: Told) -> Any:
         """The state with tokens of a row that no step showed: the target's keys and values come from the prefix cache,
         or prompts that cost were not worth it. With `prompts_cost`, only tokens that the drafter has not computed. A
@@ -110,9 +115,11 @@ class Drafter(Protocol):
         """
         return state
 
-    def enter_proposals(self, state: Any, slots: jax.Array, first: jax.Array, tokens: jax.Array) -> Any:
+    def enter_proposals(self, state: Any, slots: jax.Array, first: jax.Array, tokens: jax.Array,
+                        candidates: Candidates | None = None) -> Any:
         """The state with proposals i32[n, num_entered] of the rows at `slots` i32[n] for positions from `first` i32[n]
-        on; -1 behind the last. Slots out of range are dropped. A program of its own, before the step.
+        on; -1 behind the last. candidates: [n, num_entered, num_candidates], of each. Slots out of range are dropped.
+        A program of its own, before the step.
         """
         return state
 

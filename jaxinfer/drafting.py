@@ -18,6 +18,7 @@ from jaxinfer.prompt_lookup import PromptLookup
 from jaxinfer.remote_drafts import RemoteDrafts, num_ahead
 from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.start_options import Options
+from jaxinfer.types import MAX_CANDIDATES
 
 
 def check_drafter(options: Options, target: Path, max_model_len: int, dtype: Any, mesh: jax.sharding.Mesh | None
@@ -68,10 +69,16 @@ def with_drafter(options: Options, target: Decoder, params: Any, max_model_len: 
     if options.drafter == "remote":
         say(f"{options.draft_address} proposes up to {count} tokens a round")
         kept = num_ahead(count)
-        return DraftPair(target, RemoteProposals(count, kept, options.max_num_seqs, target.mesh)), Pair(params, ())
+        remote = RemoteProposals(count, kept, options.max_num_seqs, target.mesh, num_candidates(options))
+        return DraftPair(target, remote), Pair(params, ())
     load = load_heads if options.drafter == "medusa" else load_draft_model
     drafter, own = load(options, target, params, say)
     return DraftPair(target, drafter), Pair(params, own)
+
+
+def num_candidates(options: Options) -> int:
+    """Of the distribution that is wanted with each proposal from elsewhere; 0 takes given tokens."""
+    return MAX_CANDIDATES if options.trust_draft_probs else 0
 
 
 def remote_drafts(options: Options, vocab_size: int) -> RemoteDrafts | None:
@@ -80,8 +87,8 @@ def remote_drafts(options: Options, vocab_size: int) -> RemoteDrafts | None:
         return None
     from jaxinfer.draft_client import DraftClient  # gRPC is imported by those who use it
 
-    kept = num_ahead(options.num_speculative_tokens)
-    return RemoteDrafts(DraftClient(options.draft_address, kept), vocab_size, kept)
+    kept, candidates = num_ahead(options.num_speculative_tokens), num_candidates(options)
+    return RemoteDrafts(DraftClient(options.draft_address, kept, candidates), vocab_size, kept, candidates)
 
 
 def load_draft_model(options: Options, target: Decoder, _: Any, say: Callable[[str], None]

@@ -240,10 +240,7 @@ class Executor:
         self._state = self._programs[CATCH_UP](self._params, self._state, self._put(told))
 
     def _enter_proposals(self, plan: StepPlan) -> None:
-        table = np.full((self.config.max_num_seqs, 2 + self.pair.drafter.num_entered), -1, np.int32)
-        table[:, 0] = self._batcher.no_slot
-        for row, (slot, first, tokens) in zip(table, plan.proposals, strict=False):
-            row[:2], row[2:2 + len(tokens)] = (slot, first), tokens
+        table = self._batcher.pack_proposals(plan, self.pair.proposal_layout)
         self._state = self._programs[PROPOSALS](self._state, self._put(table))
 
     def _score(self, plan: StepPlan, hidden: jax.Array) -> list[jax.Array]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.acceptance import Candidates
 from jaxinfer.row_state import RowInits
 from jaxinfer.rule_table import RuleRow
 from jaxinfer.types import (
@@ -184,6 +185,50 @@ class SpeculateLayout:
         rows, end = 1 + self.num_rows, 1 + 2 * self.num_rows
         slots = flat[1:rows]
         return SpeculateFields(slots, slots < self.num_slots, flat[rows:end], flat[0], flat[end:].reshape(-1, 3))
+
+
+class ProposalFields(NamedTuple):
+    """Proposals from outside on the device."""
+
+    slots: jax.Array  # i32[n], out of range where there are no more
+    first: jax.Array  # i32[n]
+    tokens: jax.Array  # i32[n, Y], -1 behind the last
+    candidates: Candidates | None  # [n, Y, N]; None where N is 0
+
+
+@dataclass(frozen=True)
+class ProposalLayout:
+    """A row each: [slot 1 | first 1 | tokens Y | ids Y x N | chances Y x N]"""
+
+    num_entered: int
+    num_candidates: int
+
+    @cached_property
+    def borders(self) -> tuple[int, int]:
+        """Ends of tokens and ids."""
+        tokens = 2 + self.num_entered
+        return tokens, tokens + self.num_entered * self.num_candidates
+
+    @property
+    def size(self) -> int:
+        tokens, ids = self.borders
+        return 2 * ids - tokens
+
+    def views(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Writable views of slot and first [n, 2], tokens [n, Y], ids [n, Y x N] and chances f32[n, Y x N]."""
+        tokens, ids = self.borders
+        return table[:, :2], table[:, 2:tokens], table[:, tokens:ids], table.view(np.float32)[:, ids:]
+
+    def unpack(self, table: jax.Array) -> ProposalFields:
+        """table: i32[n, size]."""
+        tokens, ids = self.borders
+        slots, first, said = table[:, 0], table[:, 1], table[:, 2:tokens]
+        if not self.num_candidates:
+            return ProposalFields(slots, first, said, None)
+        shape = (*said.shape, self.num_candidates)
+        chances = jax.lax.bitcast_convert_type(table[:, ids:], jnp.float32)
+        return ProposalFields(slots, first, said, Candidates(table[:, tokens:ids].reshape(shape),
+                                                             chances.reshape(shape)))
 
 
 @dataclass(frozen=True)

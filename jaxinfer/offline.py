@@ -62,6 +62,8 @@ class LLM:
       draft_address: "host:port" of a `jaxinfer serve` of a smaller model with the same token ids, on a cheaper chip or
         a CPU, that proposes tokens while this one verifies. Outputs are as with a draft_model, whatever it sends;
         while it is slow or gone, nothing is proposed.
+      trust_draft_probs: for sampled requests without a seed, take the probabilities of what that drafter sampled from,
+        so that more is kept. Exact only if the drafter is truthful: false probabilities change what is said.
       num_speculative_tokens: most tokens that are proposed in a round.
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.
@@ -82,19 +84,19 @@ class LLM:
         max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
         block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1, speculation: str | None = None, draft_model: str | None = None,
-        draft_address: str | None = None, num_speculative_tokens: int = 4, enable_prefix_caching: bool = True,
-        seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096, attention: str | None = None,
-        int8_matmul: str | None = None, compile_cache: str | None = None, quiet: bool = False,
+        draft_address: str | None = None, trust_draft_probs: bool = False, num_speculative_tokens: int = 4,
+        enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096,
+        attention: str | None = None, int8_matmul: str | None = None, compile_cache: str | None = None,
+        quiet: bool = False,
     ):
         options = Options(
             model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
-            kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            page_size=_page_size(page_size, block_size),
+            kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size),
             num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size, speculation=speculation, draft_model=_as_path(draft_model),
-            draft_address=draft_address, num_speculative_tokens=num_speculative_tokens,
-            enable_prefix_caching=enable_prefix_caching,
+            draft_address=draft_address, trust_draft_probs=trust_draft_probs,
+            num_speculative_tokens=num_speculative_tokens, enable_prefix_caching=enable_prefix_caching,
             max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
             int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache), show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)

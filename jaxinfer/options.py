@@ -56,6 +56,7 @@ ENGINE_OPTIONS = (
     Option("speculation", str, None, "what proposes tokens: draft_model (default, where given), medusa or ngram"),
     Option("draft_model", str, None, "model or heads that propose tokens (default: no speculation)"),
     Option("draft_address", str, None, "host:port of a server whose model proposes tokens (default: none)"),
+    Option("trust_draft_probs", bool, False, "believe the probabilities that it sends: exact only if they are true"),
     Option("num_speculative_tokens", count, 4, "most tokens that are proposed in a round"),
     Option("enable_prefix_caching", bool, True, "share the pages of equal prompt beginnings"),
     Option("seed", count, 0, "seeds of requests that have none follow from it"),

@@ -223,8 +223,9 @@ def _proposals(signature: Signature) -> Iterator[tuple[Key, Program]]:
     pair: Any = signature.model
     config = signature.batcher.config
     if config.num_speculative_tokens and pair.drafter.num_entered:
-        table = signature.host_array(config.max_num_seqs, 2 + pair.drafter.num_entered)
-        yield PROPOSALS, Program("proposals from outside", partial(speculative_step.enter_proposals, pair),
+        layout = pair.proposal_layout
+        table = signature.host_array(config.max_num_seqs, layout.size)
+        yield PROPOSALS, Program("proposals from outside", partial(speculative_step.enter_proposals, pair, layout),
                                  (signature.state, table), donate=(0,), out_shardings=_placements(signature))
 
 

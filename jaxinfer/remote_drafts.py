@@ -2,7 +2,8 @@
 
 The engine's thread calls it, so nothing here waits but for as long as the device is busy anyway. What the source says
 is never believed: a proposal counts only for the row it names, with ids of the vocabulary, and behind tokens that the
-row really has. A source that raises is not asked again.
+row really has. A source that raises is not asked again. Only what a proposal was sampled from is believed, where that
+is a distribution, by an engine that trusts its drafter.
 """
 
 import logging
@@ -11,9 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from jaxinfer.draft_distributions import Claimed, Distributions, checked, placed
 from jaxinfer.sequence import NO_SLOT
 from jaxinfer.sequence import Sequence as Row
-from jaxinfer.types import StepPlan
+from jaxinfer.types import Proposed, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +32,14 @@ TRIED_STEPS, ALL_STEPS = 32, 256
 
 
 class Proposal(NamedTuple):
-    """Tokens that may come at `position` and behind it, in the row that was told under `name`."""
+    """Tokens that may come at `position` and behind it, in the row that was told under `name`. claimed: what they were
+    sampled from.
+    """
 
     name: int
     position: int
     tokens: Sequence[int]
+    claimed: Claimed | None = None
 
     @property
     def end(self) -> int:
@@ -40,11 +47,23 @@ class Proposal(NamedTuple):
         return self.position + len(self.tokens)
 
 
+class Terms(NamedTuple):
+    """How a row is drafted for. temperature: 0 wants the likeliest tokens, more wants sampled ones and what they were
+    sampled from. cache_salt: of its request.
+    """
+
+    temperature: float = 0.0
+    cache_salt: str = ""
+
+
+LIKELIEST = Terms()
+
+
 class ProposalSource(Protocol):
     """Whoever proposes. No call but `wait` waits, and none comes from another thread than the engine's."""
 
-    def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
-        """More tokens of a row, the first of them at `position`; 0 begins it."""
+    def tell(self, name: int, position: int, tokens: Sequence[int], terms: Terms = LIKELIEST) -> None:
+        """More tokens of a row, the first of them at `position`; 0 begins it. terms: the same each time."""
         ...
 
     def forget(self, name: int) -> None:
@@ -83,12 +102,15 @@ def num_ahead(num_drafted: int) -> int:
 
 
 class RemoteDrafts:
-    """The rows of one engine, as its source knows them. num_kept: proposals of a row that the device takes."""
+    """The rows of one engine, as its source knows them. num_kept: proposals of a row that the device takes.
+    num_candidates: ids of the distribution that it takes with each; 0 does not trust the source.
+    """
 
-    def __init__(self, source: ProposalSource, vocab_size: int, num_kept: int):
+    def __init__(self, source: ProposalSource, vocab_size: int, num_kept: int, num_candidates: int = 0):
         self._source = source
         self._vocab_size = vocab_size
         self._num_kept = num_kept
+        self._num_candidates = num_candidates
         self._told: dict[Row, _Told] = {}
         self._next_name = 0
         self._num_plans = 0
@@ -98,19 +120,26 @@ class RemoteDrafts:
 
     def counts(self) -> dict[str, int]:
         """Proposals entered, and those that were not: late (the row had gone past them), wrong (it went elsewhere),
-        malformed.
+        malformed. Of a source that is trusted, tokens entered with a distribution, and with one that was malformed.
         """
-        return {kind: self._counts[kind] for kind in ("entered", "late", "wrong", "malformed")}
+        kinds = ("distributions", "malformed_distributions") if self._num_candidates else ()
+        return {kind: self._counts[kind] for kind in ("entered", "late", "wrong", "malformed", *kinds)}
 
     def tell(self) -> None:
         """What rows have said since they were told of; and that some run no more."""
         self.forget_ended()
         for row, told in self._told.items():
             if len(row.tokens) > told.length:
-                self._ask(self._source.tell, told.name, told.length, row.tokens[told.length:])
+                self._ask(self._source.tell, told.name, told.length, row.tokens[told.length:], self._terms(row))
                 told.length = len(row.tokens)
                 if told.latest is not None and self._judge(row, told.latest) != "entered":
                     told.latest = None
+
+    def _terms(self, row: Row) -> Terms:
+        """Only rows that are verified by rejection gain by sampled proposals: others keep what is the target's own."""
+        params = row.request.params
+        sampled = self._num_candidates > 0 and params.seed is None
+        return Terms(params.temperature if sampled else 0.0, row.request.cache_salt)
 
     def _begin(self, rows: list[Row]) -> None:
         new = [row for row in rows if row not in self._told]
@@ -146,13 +175,22 @@ class RemoteDrafts:
             return
         rows = {told.name: row for row, told in self._told.items()}
         for one in arrived:
-            row = rows.get(one.name)
+            row, one = rows.get(one.name), self._within(one)
             if row is not None:
                 kind = self._judge(row, one)
                 if kind == "entered":
                     self._told[row].latest, self._told[row].entered = one, False
                 else:
                     self._counts[kind] += 1
+
+    def _within(self, one: Proposal) -> Proposal:
+        """Up to the first id that the vocabulary lacks, of a source that is trusted: whether a sampled token is
+        proposed must not depend on those behind it, or those that are would not follow their distribution.
+        """
+        if not self._num_candidates:
+            return one
+        beyond = (place for place, token in enumerate(one.tokens) if not 0 <= token < self._vocab_size)
+        return one._replace(tokens=one.tokens[:next(beyond, len(one.tokens))])
 
     def with_proposals(self, plan: StepPlan, rows: list[Row]) -> StepPlan:
         """The plan, with what has arrived for its decode rows where it drafts; rows that are new are told of.
@@ -164,20 +202,37 @@ class RemoteDrafts:
         self._num_plans += 1
         if not plan.num_drafted:
             return plan
-        found = tuple(entry for row in rows[:plan.num_decode_rows] if (entry := self._entry(row)))
+        found = [entry for row in rows[:plan.num_decode_rows] if (entry := self._entry(row))]
         if found:
             self._useful_at = self._num_plans
-        return replace(plan, proposals=found)
+        return replace(plan, proposals=tuple(self._with_candidates(found)))
 
-    def _entry(self, row: Row) -> tuple[int, int, tuple[int, ...]] | None:
-        """Slot, position and tokens of a new proposal: what lies behind the row's known tokens."""
+    def _entry(self, row: Row) -> tuple[Proposed, Distributions | None] | None:
+        """A new proposal: what lies behind the row's known tokens; and what they were sampled from, as it is claimed.
+        """
         told, length = self._told[row], len(row.tokens)
         if told.latest is None or told.entered:
             return None
         told.entered = True
         self._counts["entered"] += 1
         done = length - told.latest.position
-        return row.slot, length, tuple(told.latest.tokens[done:done + self._num_kept])
+        one = Proposed(row.slot, length, tuple(told.latest.tokens[done:done + self._num_kept]))
+        if not self._num_candidates:
+            return one, None
+        return one, placed(told.latest.claimed, done, len(one.tokens), self._num_candidates)
+
+    def _with_candidates(self, found: list[tuple[Proposed, Distributions | None]]) -> list[Proposed]:
+        """Those of a source that is trusted, with distributions that are; all are checked at once."""
+        told = [distributions for _, distributions in found if distributions is not None]
+        if not told:
+            return [one for one, _ in found]
+        tokens = np.array([token for one, _ in found for token in one.tokens], np.int32)
+        together = Distributions(*map(np.concatenate, zip(*told, strict=True)))
+        (ids, chances), self_told, malformed = checked(together, tokens, self._vocab_size)
+        self._counts.update({"distributions": self_told, "malformed_distributions": malformed})
+        ends = np.cumsum([len(one.tokens) for one, _ in found])
+        return [one._replace(candidates=(ids[end - len(one.tokens):end], chances[end - len(one.tokens):end]))
+                for (one, _), end in zip(found, ends, strict=True)]
 
     def _judge(self, row: Row, one: Proposal) -> str:
         """What is to become of a proposal: "entered", or the reason against it."""

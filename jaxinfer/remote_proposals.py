@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import sharding
-from jaxinfer.acceptance import Drafted
+from jaxinfer.acceptance import Candidates, Drafted
 from jaxinfer.drafter import Drafter, Prefilled, Round, Wanted
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
@@ -30,16 +30,20 @@ class Entered(NamedTuple):
     first: jax.Array  # i32[B], position of proposed[:, 0]
     said: jax.Array  # i32[B, Y], the newest tokens: position p in column p % Y
     always: jax.Array  # bool[], rows are proposed their last token again and again
+    candidates: Candidates | None = None  # [B, Y, N], of each of `proposed`; None where the drafter is not trusted
 
 
 @dataclass(frozen=True)
 class RemoteProposals(Drafter):
-    """num_kept (Y): proposals of a row that are entered at once, more than num_drafted. mesh: the target's."""
+    """num_kept (Y): proposals of a row that are entered at once, more than num_drafted. mesh: the target's.
+    num_candidates (N): ids of the distribution that each was sampled from; 0 takes all proposals as given tokens.
+    """
 
     num_drafted: int
     num_kept: int
     max_num_seqs: int
     mesh: jax.sharding.Mesh | None = None
+    num_candidates: int = 0
     may_decline = True
 
     @property
@@ -48,7 +52,7 @@ class RemoteProposals(Drafter):
 
     @property
     def fixed_bytes(self) -> int:
-        return 4 * (self.max_num_seqs + 1) * (2 * self.num_kept + 1)
+        return 4 * (self.max_num_seqs + 1) * (2 * self.num_kept * (1 + self.num_candidates) + 1)
 
     @property
     def _place(self) -> jax.sharding.Sharding:
@@ -56,8 +60,10 @@ class RemoteProposals(Drafter):
 
     def _empty(self) -> Entered:
         shape = (self.max_num_seqs + 1, self.num_kept)
+        each = (*shape, self.num_candidates)
+        candidates = Candidates(jnp.zeros(each, jnp.int32), jnp.zeros(each)) if self.num_candidates else None
         return Entered(jnp.full(shape, NOTHING, jnp.int32), jnp.zeros(shape[:1], jnp.int32),
-                       jnp.full(shape, NOTHING, jnp.int32), jnp.zeros((), bool))  # fmt: skip
+                       jnp.full(shape, NOTHING, jnp.int32), jnp.zeros((), bool), candidates)  # fmt: skip
 
     def new_state(self, num_pages: int, page_size: int) -> Entered:
         return jax.device_put(self._empty(), self._place)
@@ -69,9 +75,13 @@ class RemoteProposals(Drafter):
     def insist(self, state: Entered, on: bool) -> Entered:
         return state._replace(always=jax.device_put(jnp.array(on), self._place))
 
-    def enter_proposals(self, state: Entered, slots: jax.Array, first: jax.Array, tokens: jax.Array) -> Entered:
-        return state._replace(proposed=state.proposed.at[slots].set(tokens, mode="drop"),
-                              first=state.first.at[slots].set(first, mode="drop"))  # fmt: skip
+    def enter_proposals(self, state: Entered, slots: jax.Array, first: jax.Array, tokens: jax.Array,
+                        candidates: Candidates | None = None) -> Entered:
+        def enter(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[slots].set(new, mode="drop")
+
+        return state._replace(proposed=enter(state.proposed, tokens), first=enter(state.first, first),
+                              candidates=jax.tree.map(enter, state.candidates, candidates))  # fmt: skip
 
     def observe_prefill(self, params: Any, state: Entered, rows: RowState, seen: Prefilled) -> Entered:
         """A row in its prompt has no proposals: those in its slot are of the row before."""
@@ -92,10 +102,18 @@ class RemoteProposals(Drafter):
         slots = wanted.slots
         kv_len, last = rows.kv_len.at[slots].get(mode="clip"), rows.last_token.at[slots].get(mode="clip")
         state = put(state, slots, kv_len, last, wanted.alive)
-        tokens, left = remaining(state, slots, kv_len + 1, self.num_drafted)
+        # What greedy rows are verified against is the target's own token: distributions are of no use.
+        trusted = state.candidates is not None and form is not SamplerForm.GREEDY
+        position, most = kv_len + 1, self.num_drafted + trusted
+        tokens, left = remaining(state, slots, position, most)
         left = jnp.where(state.always, self.num_drafted, left)
         tokens = jnp.where(state.always, last[:, None], tokens)
-        return Drafted(tokens, jnp.minimum(wanted.count, left), None), state
+        count = jnp.minimum(wanted.count, left)
+        if not trusted:
+            return Drafted(tokens, count, None), state
+        beyond = jnp.where(left > count, tokens[jnp.arange(len(count)), count], NOTHING)
+        candidates = candidates_of(state, slots, position, most)
+        return Drafted(tokens[:, :self.num_drafted], count, None, candidates, beyond), state
 
 
 def put(state: Entered, slots: jax.Array, positions: jax.Array, tokens: jax.Array, known: jax.Array) -> Entered:
@@ -117,6 +135,18 @@ def remaining(state: Entered, slots: jax.Array, position: jax.Array, most: int) 
     said = state.said.at[slots[:, None], (first + index) % width].get(mode="clip")
     follows = jnp.all((said == proposed) | (index >= done), axis=1) & (done[:, 0] >= 0)
     left = jnp.sum(proposed != NOTHING, axis=1) - done[:, 0]
-    columns = jnp.clip(done + jnp.arange(most), 0, width - 1)
-    tokens = jnp.maximum(jnp.take_along_axis(proposed, columns, axis=1), 0)
+    tokens = jnp.maximum(jnp.take_along_axis(proposed, columns_of(done, most, width), axis=1), 0)
     return tokens, jnp.where(follows, jnp.maximum(left, 0), 0)
+
+
+def columns_of(done: jax.Array, most: int, width: int) -> jax.Array:
+    """i32[R, most]: where the proposals behind the first `done` i32[R, 1] lie."""
+    return jnp.clip(done + jnp.arange(most), 0, width - 1)
+
+
+def candidates_of(state: Entered, slots: jax.Array, position: jax.Array, most: int) -> Candidates:
+    """[R, most, N]: of the tokens of `remaining`, what each was sampled from."""
+    done = position - state.first.at[slots].get(mode="clip")
+    columns = columns_of(done[:, None], most, state.proposed.shape[1])
+    # Two indices at once: a whole row's candidates would be [R, Y, N].
+    return Candidates(*(field.at[slots[:, None], columns].get(mode="clip") for field in state.candidates or ()))

@@ -14,7 +14,7 @@ from jaxinfer import row_state, rule_table, steps
 from jaxinfer.acceptance import Drafted, Kept, accept
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.drafter import Prefilled, Round, Told, Wanted
-from jaxinfer.layout import PrefillLayout, SpeculateFields, SpeculateLayout, result_width
+from jaxinfer.layout import PrefillLayout, ProposalLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
 from jaxinfer.sampling import SamplingRows, legal
@@ -51,10 +51,10 @@ def catch_up(pair: DraftPair, params: Pair, state: DeviceState, inputs: jax.Arra
     return DeviceState(Pair(pages, draft), state.rows)
 
 
-def enter_proposals(pair: DraftPair, state: DeviceState, inputs: jax.Array) -> DeviceState:
-    """The state after `Drafter.enter_proposals`. inputs: i32[n, 2 + Y], slot, first position, tokens of each row."""
+def enter_proposals(pair: DraftPair, layout: ProposalLayout, state: DeviceState, inputs: jax.Array) -> DeviceState:
+    """The state after `Drafter.enter_proposals`. inputs: i32[n, layout.size]."""
     pages, draft = state.kv_pages
-    draft = pair.drafter.enter_proposals(draft, inputs[:, 0], inputs[:, 1], inputs[:, 2:])
+    draft = pair.drafter.enter_proposals(draft, *layout.unpack(inputs))
     return DeviceState(Pair(pages, draft), state.rows)
 
 

@@ -16,6 +16,7 @@ MOST_DRAFTED = 15
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
          "max_waiting", "num_speculative_tokens")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
+SWITCHES = ("enable_prefix_caching", "trust_draft_probs")
 OPTIONAL_TEXTS = ("tokenizer", "draft_model", "draft_address", "attention", "int8_matmul", "compile_cache")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "int8_weight_only")
@@ -44,6 +45,7 @@ class Options:
     speculation: str | None = None
     draft_model: str | None = None
     draft_address: str | None = None
+    trust_draft_probs: bool = False
     num_speculative_tokens: int = 4
     enable_prefix_caching: bool = True
     max_decode_rounds: int = 8
@@ -75,12 +77,13 @@ class Options:
         for name in OPTIONAL_TEXTS:
             if not isinstance(getattr(self, name), str | None):
                 raise InvalidConfig(name, f"must be a string or None, got {getattr(self, name)!r}")
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise InvalidConfig(name, f"must be True or False, got {getattr(self, name)!r}")
         self._check_speculation()
         if self.num_speculative_tokens > MOST_DRAFTED:
             raise InvalidConfig("num_speculative_tokens", f"must be at most {MOST_DRAFTED}, got "
                                 f"{self.num_speculative_tokens}: every round computes so many tokens a row")
-        if type(self.enable_prefix_caching) is not bool:
-            raise InvalidConfig("enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}")
         if self.dtype not in DTYPES:
             raise InvalidConfig("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -96,6 +99,9 @@ class Options:
 
     def _check_draft_address(self) -> None:
         if self.draft_address is None:
+            if self.trust_draft_probs:
+                raise InvalidConfig("trust_draft_probs", "is about the drafter at draft_address, which is None; name "
+                                    "its host:port or leave trust_draft_probs out")
             return
         host, colon, port = self.draft_address.rpartition(":")
         if not (host and colon and port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT):

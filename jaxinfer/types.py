@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxinfer.grammar import CompiledGrammar
 
 MAX_STOP_IDS = 16
@@ -16,6 +18,11 @@ MAX_STOP_IDS = 16
 
 MAX_LOGPROBS = 20
 """Most log-probabilities a token; the OpenAI API has the same limit."""
+
+MAX_CANDIDATES = MAX_LOGPROBS - 1
+"""Most ids of the distribution that a token drafted elsewhere was sampled from. It is known by the log-probabilities of
+its request, of which one more shows whether the last candidate is tied with tokens that are not told.
+"""
 
 MASK_BITS = 32
 """Ids of a word of a grammar's mask; id i is bit i % 32 of word i // 32, set where the id is legal."""
@@ -208,6 +215,19 @@ class CaughtUp(NamedTuple):
     pages: tuple[int, ...]
 
 
+class Proposed(NamedTuple):
+    """Tokens from a drafter elsewhere that may come at `first` and behind it, in the row at `slot`.
+
+    candidates: ids i32[n, N] and chances f32[n, N] of what each of the n tokens was sampled from, of sum 1 (ids beside
+    a chance of 0 say nothing); None where no drafter is trusted.
+    """
+
+    slot: int
+    first: int
+    tokens: tuple[int, ...]
+    candidates: "tuple[np.ndarray, np.ndarray] | None" = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One device call as plain data: with the checkpoint it alone determines what the device does.
@@ -227,7 +247,7 @@ class StepPlan:
                 decode step of one round with proposals
     watched:   whether a drafter to which prompts are work computes this step's; in all other steps it does not matter
     caught_up: tokens that a drafter is told before the step, where the engine speculates
-    proposals: (slot, position of the first, tokens) from a drafter elsewhere, entered before the step
+    proposals: from a drafter elsewhere, entered before the step
     """
 
     step_id: int
@@ -246,7 +266,7 @@ class StepPlan:
     constrained: bool = False
     watched: bool = True
     caught_up: tuple[CaughtUp, ...] = ()
-    proposals: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    proposals: tuple[Proposed, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -1,23 +1,27 @@
 """`jaxinfer.v1.DraftService` over a `Core`: its model proposes tokens for sequences of an engine elsewhere.
 
-Each sequence has one greedy request in the engine at most, whose prompt is the sequence; the prefix cache makes that
-cheap. It goes on while the accepted tokens are those that it has said, and is cancelled where they are not.
+Each sequence has one request in the engine at most, whose prompt is the sequence; the prefix cache makes that cheap. It
+goes on while the accepted tokens are those that it has said, and is cancelled where they are not. It is greedy; where
+distributions are asked for it samples at the sequence's temperature between few candidates, whose probabilities are
+told with each token.
 Everything here runs on the event loop. A stream never ends by itself, so a server that stops does not wait for it.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
 from jaxinfer.core import Core
+from jaxinfer.draft_distributions import of_top
 from jaxinfer.errors import JaxInferError
 from jaxinfer.intake import Prompt
 from jaxinfer.protos.v1 import draft_pb2 as pb
 from jaxinfer.protos.v1 import draft_pb2_grpc as pb_grpc
-from jaxinfer.types import SamplingParams, TokenChunk
+from jaxinfer.types import MAX_CANDIDATES, SamplingParams, TokenChunk, TokenLogprobs
 from serve.bridge import Bridge, Stream
 
 log = logging.getLogger(__name__)
@@ -27,6 +31,15 @@ MOST_WANTED = 64
 """Proposals that are kept ahead of a sequence."""
 MOST_SEQUENCES = 1024
 """Of a stream; others get no proposals."""
+LEAST_TEMPERATURE = 0.05
+"""Below it the rounding of log-probabilities shows in probabilities, and sampling is hardly of use: so the likeliest
+tokens are proposed.
+"""
+
+SEEDS = random.SystemRandom()
+"""What verifies a sampled token must be independent of it. Seeds of other requests follow from a number, on both sides
+from the same one by default: equal seeds are equal noise.
+"""
 
 Context = grpc.aio.ServicerContext
 
@@ -39,11 +52,16 @@ class Drafting:
         self._bridge = bridge
         self._num_wanted = min(max(request.num_wanted, 1), MOST_WANTED)
         self._scored = request.with_probabilities
+        self._temperature = request.temperature
+        self._salt = request.cache_salt
+        sampled = not request.temperature < LEAST_TEMPERATURE
+        self._num_candidates = min(max(request.num_candidates, 0), MAX_CANDIDATES) if sampled else 0
         self._say = say
         self._tokens: list[int] = []
         self._first = 0  # position of the first of the guesses
         self._guesses: list[int] = []
         self._chances: list[float] = []  # of each guess, where they are wanted
+        self._drawn: list[tuple[list[int], list[float]]] = []  # what each was sampled from, likewise
         self._stream: Stream | None = None
 
     def accept(self, position: int, tokens: list[int]) -> bool:
@@ -53,7 +71,7 @@ class Drafting:
         self._tokens += tokens
         if not self._agrees():
             self.stop()
-            self._first, self._guesses, self._chances = len(self._tokens), [], []
+            self._forget(len(self._guesses))
         if self._stream is None or self._stream.ended:
             self._guess_more()
         return True
@@ -70,25 +88,40 @@ class Drafting:
         """Guesses that have been accepted."""
         return len(self._tokens) - self._first
 
+    def _forget(self, count: int) -> None:
+        """The first so many guesses lie behind; those that are left continue the tokens."""
+        del self._guesses[:count], self._chances[:count], self._drawn[:count]
+        self._first = len(self._tokens)
+
     def _guess_more(self) -> None:
         """Submits a request for as many as are missing, once half of them are."""
-        passed = self._num_passed
-        del self._guesses[:passed], self._chances[:passed]
-        self._first = len(self._tokens)
+        self._forget(self._num_passed)
         prompt = [*self._tokens, *self._guesses]
         count = min(self._num_wanted - len(self._guesses), self._core.info.max_model_len - len(prompt))
         if 2 * len(self._guesses) > self._num_wanted or count < 1:
             return
-        params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False,
-                                logprobs=0 if self._scored else None)  # fmt: skip
         try:
-            self._stream = self._bridge.open(self._core.intake.request(Prompt(tuple(prompt)), params), self._consume)
-        except JaxInferError:  # ids that the model does not have, a full queue: no proposals for now
+            request = self._core.intake.request(Prompt(tuple(prompt)), self._params(count), cache_salt=self._salt,
+                                                seeds=SEEDS)  # fmt: skip
+            self._stream = self._bridge.open(request, self._consume)
+        except JaxInferError:  # what the model or the engine does not take, a full queue: no proposals for now
             self._stream = None
 
+    def _params(self, count: int) -> SamplingParams:
+        """One log-probability more than candidates shows whether the last of them is tied with others."""
+        if not self._num_candidates:
+            return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False,
+                                  logprobs=0 if self._scored else None)  # fmt: skip
+        return SamplingParams(max_tokens=count, temperature=self._temperature, top_k=self._num_candidates,
+                              ignore_eos=True, detokenize=False, logprobs=self._num_candidates + 1)  # fmt: skip
+
     def _consume(self, chunk: TokenChunk) -> bool:
+        scores: Sequence[TokenLogprobs] = chunk.logprobs or ()
         self._guesses += chunk.token_ids
-        self._chances += [math.exp(one.logprob) for one in chunk.logprobs or ()]
+        if self._scored:
+            self._chances += [math.exp(one.logprob) for one in scores]
+        if self._num_candidates:
+            self._drawn += [of_top(one.top, self._temperature, self._num_candidates) for one in scores]
         self._say()
         return False
 
@@ -98,8 +131,14 @@ class Drafting:
         ahead = self._guesses[passed:]
         if not ahead or self._guesses[:passed] != self._tokens[self._first:]:
             return None
-        return pb.DraftResponse(sequence=name, position=len(self._tokens), token_ids=ahead,
-                                probabilities=self._chances[passed:])
+        found = pb.DraftResponse(sequence=name, position=len(self._tokens), token_ids=ahead,
+                                 probabilities=self._chances[passed:])
+        if self._num_candidates:
+            found.num_candidates = self._num_candidates
+            for ids, chances in self._drawn[passed:]:
+                found.candidate_ids.extend(ids)
+                found.candidate_probabilities.extend(chances)
+        return found
 
     def stop(self) -> None:
         """Cancels what runs for it."""

@@ -11,29 +11,30 @@ from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor
 from jaxinfer.page_pool import PagePool
-from jaxinfer.remote_drafts import Proposal, ProposalSource, RemoteDrafts, num_ahead
+from jaxinfer.remote_drafts import LIKELIEST, Proposal, ProposalSource, RemoteDrafts, Terms, num_ahead
 from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.testing import CountingModel
 
 DRAFTED, AHEAD = 3, 20
 KEPT = num_ahead(DRAFTED)
+COUNTING = CountingModel(VOCAB)
 
 
-def new_executor() -> Executor:
+def new_executor(model: CountingModel = COUNTING, num_candidates: int = 0) -> Executor:
     config = small_config(num_speculative_tokens=DRAFTED)
-    pair = DraftPair(CountingModel(VOCAB), RemoteProposals(DRAFTED, KEPT, config.max_num_seqs))
+    pair = DraftPair(model, RemoteProposals(DRAFTED, KEPT, config.max_num_seqs, num_candidates=num_candidates))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     executor = Executor(pair, Pair(jax.device_put(jnp.float32(0), place), ()), config, place)
     executor.warm_up(workers=2, progress=lambda name: None)
     return executor
 
 
-def engine_of(executor: Executor, source: ProposalSource) -> Engine:
+def engine_of(executor: Executor, source: ProposalSource, num_candidates: int = 0) -> Engine:
     executor.reset()
     config = executor.config
     return Engine(executor, Scheduler(config, PagePool(config.num_pages, config.page_size)),
-                  remote=RemoteDrafts(source, VOCAB, KEPT))  # fmt: skip
+                  remote=RemoteDrafts(source, VOCAB, KEPT, num_candidates))  # fmt: skip
 
 
 class Counting:
@@ -49,7 +50,7 @@ class Counting:
         self._lengths: dict[int, list[int]] = {}  # of each row, whenever it was told of
         self._answers: dict[int, Proposal] = {}
 
-    def tell(self, name: int, position: int, tokens: Sequence[int]) -> None:
+    def tell(self, name: int, position: int, tokens: Sequence[int], terms: Terms = LIKELIEST) -> None:
         assert name not in self.ended and tokens
         row = self.rows.setdefault(name, [])
         assert position == len(row)

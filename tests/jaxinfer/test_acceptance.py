@@ -4,6 +4,7 @@ Every path is drawn DRAWS times over a vocabulary of 10 and held against the tar
 rules that are broken on purpose must fail the very same test.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import acceptance
-from jaxinfer.acceptance import Drafted, accept, draft_rows
+from jaxinfer.acceptance import Candidates, Drafted, accept, draft_rows
 from jaxinfer.noise import row_keys
 from jaxinfer.sampling import SamplingRows, distribution, sample
 from jaxinfer.types import MAX_STOP_IDS, SamplerForm
@@ -203,3 +204,105 @@ def test_stop_ids_are_banned_at_each_position_of_its_own():
     drafted = Drafted(jnp.array([[0, 0, 2]]), jnp.array([3]), None)
     kept = accept(jnp.asarray(logits)[None], drafted, rows, jnp.array([3], jnp.int32), SamplerForm.FULL)
     assert kept.tokens.tolist() == [[0, 0, 2, 2]]  # positions 3 and 4 may not stop, 5 and 6 may
+
+
+# What a drafter elsewhere says that it sampled from: few candidates, whatever they are.
+
+FEW = 4
+
+
+def few(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids i32[X, FEW] and probabilities f32[X, FEW] of the likeliest of f32[X, V]."""
+    ids = np.argsort(-logits, axis=1)[:, :FEW]
+    weights = np.exp(np.take_along_axis(logits, ids, axis=1).astype(np.float64))
+    return ids.astype(np.int32), (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+SAMPLED_FROM: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "good": lambda logits: few(off_by(logits, 0.7)),
+    "bad": lambda logits: few(off_by(logits, 4.0)),
+    "the target's least likely": lambda logits: few(-3.0 * logits),
+    "one": lambda logits: (few(logits)[0], np.eye(FEW, dtype=np.float32)[[1, 2, 0]]),
+}
+
+
+def drawn(ids: np.ndarray, chances: np.ndarray, seed: int = 3) -> tuple[np.ndarray, Candidates]:
+    """Tokens i32[DRAWS, X], each sampled from its candidates [X, FEW], and these for every row."""
+    noise = np.random.default_rng(seed).random((DRAWS, len(ids), 1))
+    bounds = np.cumsum(chances, axis=1, dtype=np.float64)
+    picked = np.minimum((noise >= bounds).sum(axis=2), FEW - 1)
+    every = Candidates(*(np.broadcast_to(field, (DRAWS, *field.shape)).copy() for field in (ids, chances)))
+    return ids[np.arange(len(ids)), picked], every
+
+
+@partial(jax.jit, static_argnames="rule")
+def trust(logits, tokens, candidates: Candidates, rows: SamplingRows, rule: str) -> acceptance.Kept:
+    """The last of the tokens i32[DRAWS, X + 1] is beyond the proposals."""
+    num_rows, num_drafted = tokens.shape[0], tokens.shape[1] - 1
+    drafted = Drafted(tokens[:, :-1], jnp.full(num_rows, num_drafted), None, candidates, tokens[:, -1])
+    every = jnp.broadcast_to(logits, (num_rows, *logits.shape))
+    return accept(every, drafted, rows, jnp.full(num_rows, 3, jnp.int32), SamplerForm.SIMPLE)
+
+
+def check_trusted(logits: np.ndarray, kept: acceptance.Kept, **fields) -> None:
+    tokens, counts = np.asarray(kept.tokens), np.asarray(kept.count)
+    for position in range(len(logits)):
+        reached = tokens[counts > position, position]
+        if len(reached) > 1000:
+            assert chi_square(reached, expected(logits[position], **fields)) < LIMIT, position
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("drafter", SAMPLED_FROM)
+def test_what_a_truthful_drafter_sampled_follows_the_target(drafter, sampler):
+    """And as much is kept as any rule can keep, whatever filters the target has."""
+    logits, fields = target_logits(3), SAMPLERS[sampler]
+    ids, chances = SAMPLED_FROM[drafter](logits)
+    tokens, candidates = drawn(ids, chances)
+    kept = trust(logits, tokens, candidates, make_rows(DRAWS, **fields), "")
+    check_trusted(logits, kept, **fields)
+    whole = np.asarray(kept.count) == 3
+    for position, same in ((0, np.asarray(kept.count) > 1), (2, np.asarray(kept.tokens)[whole, 2] == tokens[whole, 2])):
+        if len(same) > 1000:
+            most = np.minimum(expected(logits[position], **fields)[ids[position]], chances[position]).sum()
+            assert same.mean() > most - 5 * np.sqrt(most * (1 - most) / len(same)) - 1e-6, position
+            assert same.mean() < most + 5 * np.sqrt(most * (1 - most) / len(same)) + 1e-6, position
+
+
+def test_given_tokens_may_be_among_sampled_ones():
+    """In every second row, and at every second place, a token that the drafter chose by what it likes."""
+    logits = target_logits(3)
+    tokens, candidates = drawn(*SAMPLED_FROM["good"](logits))
+    given = np.zeros(tokens.shape, bool)
+    given[::2, 0] = given[::3, 1] = given[::5, 2] = True
+    tokens = np.where(given, np.array([[8, 2, 4]]), tokens)
+    ids = np.where(given[..., None], np.stack([tokens, *[np.zeros_like(tokens)] * (FEW - 1)], axis=2), candidates.ids)
+    chances = np.where(given[..., None], np.eye(FEW, dtype=np.float32)[0], candidates.chances)
+    kept = trust(logits, tokens, Candidates(ids, chances), make_rows(DRAWS), "")
+    for some in (slice(0, None, 2), slice(1, None, 2)):
+        check_trusted(logits, acceptance.Kept(kept.tokens[some], kept.count[some]))
+
+
+@pytest.mark.parametrize("lies", [True, False])
+def test_lies_and_a_broken_rule_fail_the_test_of_trust(lies, monkeypatch):
+    """Probabilities of other candidates; sampled tokens that are taken as given ones."""
+    logits = target_logits(3 if lies else 2)
+    tokens, candidates = drawn(*(field[:len(logits)] for field in SAMPLED_FROM["good"](target_logits(3))))
+    if lies:
+        candidates = Candidates(candidates.ids, candidates.chances[..., ::-1])
+    else:
+        monkeypatch.setattr(acceptance, "proposed_chance", lambda *_: None)
+    kept = trust(logits, tokens, candidates, make_rows(DRAWS), "" if lies else "given")
+    assert chi_square(np.asarray(kept.tokens)[:, 0], expected(logits[0])) > 10 * LIMIT
+
+
+@pytest.mark.parametrize("fields", [{"seeded": True, "temperature": 0.9}, {"temperature": 0.0}])
+def test_with_a_seed_what_was_sampled_changes_nothing(fields):
+    logits, rows = target_logits(3), make_rows(DRAWS, **fields)
+    tokens, candidates = drawn(*SAMPLED_FROM["good"](logits))
+    kept = trust(logits, tokens, candidates, rows, "")
+    for position in range(3):
+        same_context = jnp.broadcast_to(logits[position], (DRAWS, VOCAB))
+        plain = compiled_sample(same_context, rows, jnp.full(DRAWS, 3 + position, jnp.int32), SamplerForm.SIMPLE)
+        reached = np.asarray(kept.count) > position
+        np.testing.assert_array_equal(np.asarray(kept.tokens)[reached, position], np.asarray(plain)[reached])

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from remote_drafting import Counting, Failing, Liar, engine_of, new_executor
 
 from jaxinfer import row_state
+from jaxinfer.acceptance import Candidates
 from jaxinfer.drafter import Prefilled, Round
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.executor import Executor
 from jaxinfer.model import Rows
-from jaxinfer.remote_drafts import TRIED_STEPS
-from jaxinfer.remote_proposals import NOTHING, Entered, RemoteProposals, remaining
+from jaxinfer.remote_drafts import LIKELIEST, TRIED_STEPS
+from jaxinfer.remote_proposals import NOTHING, Entered, RemoteProposals, candidates_of, remaining
 from jaxinfer.start_options import Options
 
 
@@ -119,8 +120,8 @@ def test_proposals_are_kept_though_they_come_a_step_late(executor, late, seed):
 
 def test_what_was_wrong_is_counted(executor):
     class Wrong(Counting):
-        def tell(self, name, position, tokens):
-            super().tell(name, position, tokens)
+        def tell(self, name, position, tokens, terms=LIKELIEST):
+            super().tell(name, position, tokens, terms)
             if position:  # one answer a row, which is taken when the row begins
                 self._answers.pop(name)
 
@@ -217,11 +218,31 @@ def test_measured_rounds_make_all_proposals_and_leave_no_trace(executor):
     assert not executor.signature.state.kv_pages.draft.always
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_address": "::1:50051"}, {"draft_address": "drafts.example:1"}])
+@pytest.mark.parametrize("options", [{}, {"draft_address": "::1:50051"},
+                                     {"draft_address": "drafts.example:1", "trust_draft_probs": True}])  # fmt: skip
 def test_addresses(options):
     found = Options(model="demo", **options)
     found.validate()
     assert found.drafter == ("remote" if options else None)
+
+
+def test_the_state_takes_what_is_counted():
+    """The one flag beside it is not worth a line of the memory plan."""
+    for num_candidates in (0, 19):
+        drafter = RemoteProposals(num_drafted=2, num_kept=12, max_num_seqs=3, num_candidates=num_candidates)
+        leaves = jax.tree.leaves(drafter.struct(1, 1))
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == drafter.fixed_bytes + 1
+
+
+def test_candidates_are_entered_and_found_where_their_tokens_are():
+    drafter = RemoteProposals(num_drafted=2, num_kept=4, max_num_seqs=3, num_candidates=3)
+    tokens = jnp.arange(8).reshape(2, 4)
+    ids = jnp.arange(24).reshape(2, 4, 3)
+    state = drafter.enter_proposals(drafter.new_state(1, 1), jnp.array([2, 9]), jnp.array([6, 6]), tokens,
+                                    Candidates(ids, ids / 100))  # fmt: skip
+    found = candidates_of(state, jnp.array([2, 0]), jnp.array([7, 3]), 2)
+    assert found.ids[0].tolist() == [[3, 4, 5], [6, 7, 8]] and not found.chances[1].any()
+    np.testing.assert_array_equal(found.chances[0], ids[0, 1:3] / 100)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -231,6 +252,9 @@ def test_addresses(options):
     ({"draft_address": "there:65536"}, "65535"),
     ({"draft_address": "there:x"}, "host:port"),
     ({"draft_address": 5}, "draft_address: must be a string or None, got 5"),
+    ({"trust_draft_probs": True}, "trust_draft_probs: is about the drafter at draft_address, which is None"),
+    ({"trust_draft_probs": True, "draft_model": "m"}, "trust_draft_probs: .* draft_address"),
+    ({"trust_draft_probs": 1, "draft_address": "h:1"}, "trust_draft_probs: must be True or False, got 1"),
     ({"draft_address": "h:1", "draft_model": "m"}, "draft_address: 'h:1' .* draft_model='m'"),
     ({"draft_address": "h:1", "speculation": "ngram"}, "draft_address: 'h:1' .* speculation='ngram'"),
 ])  # fmt: skip

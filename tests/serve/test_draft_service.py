@@ -1,6 +1,7 @@
 """The drafter's side over a real channel, against the counting engine: it runs what is wanted and no more."""
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 import grpc
+import numpy as np
 import pytest
 from counting_engine import VOCAB_SIZE, CountingEngine, make_core
 from serving import Served, eventually, serving
@@ -15,6 +17,7 @@ from serving import Served, eventually, serving
 from jaxinfer.errors import Overloaded
 from jaxinfer.protos.v1 import draft_pb2 as pb
 from jaxinfer.protos.v1 import draft_pb2_grpc as pb_grpc
+from jaxinfer.types import MAX_CANDIDATES
 
 
 class Caller:
@@ -123,6 +126,78 @@ def test_probabilities_come_where_they_are_wanted(stepped: Served, caller: Calle
     begin(stepped, caller, 1, [1, 2, 3], num_wanted=4, with_probabilities=True)
     stepped.engine.step()
     assert list(caller.responses.get(timeout=10).probabilities) == pytest.approx([2.718281828**-1.5])
+
+
+def test_distributions_come_where_they_are_wanted(stepped: Served, caller: Caller):
+    """Of the likeliest ids at the wanted temperature. The counting engine's are its token + 1, itself, + 3, + 4, at
+    log-probabilities of -0.5, -1.5, -2.5 and -3.5.
+    """
+    begin(stepped, caller, 1, [1, 2, 3], num_wanted=2, temperature=0.5, num_candidates=3, with_probabilities=True)
+    (row,) = stepped.engine.rows.values()
+    params = row.request.params
+    assert (params.temperature, params.top_k, params.logprobs, params.seed) == (0.5, 3, 4, None)
+    stepped.engine.step()
+    caller.answer()
+    stepped.engine.step()
+    found = caller.responses.get(timeout=10)
+    assert list(found.token_ids) == [4, 5] and found.num_candidates == 3
+    assert list(found.candidate_ids) == [5, 4, 7, 6, 5, 8]
+    weights = np.exp(np.array([-0.5, -1.5, -2.5]) / 0.5)
+    np.testing.assert_allclose(found.candidate_probabilities, np.tile(weights / weights.sum(), 2), rtol=1e-6)
+    assert list(found.probabilities) == pytest.approx([2.718281828**-1.5] * 2)
+
+
+def test_distributions_lie_beside_their_tokens_as_these_are_accepted(stepped: Served, caller: Caller):
+    begin(stepped, caller, 1, [1, 2, 3], num_wanted=4, temperature=1.0, num_candidates=1)
+    for _ in range(4):
+        stepped.engine.step()
+        caller.answer()
+    caller.send(1, 3, [4, 5])
+    eventually(lambda: rows_of(stepped) == [((1, 2, 3, 4, 5, 6, 7), 2)])
+    stepped.engine.step()
+    found = caller.responses.get(timeout=10)
+    assert (list(found.token_ids), list(found.candidate_ids)) == ([6, 7, 8], [7, 8, 9])
+
+
+@pytest.mark.parametrize("terms", [{"temperature": 0.7}, {"num_candidates": 5},
+                                   {"temperature": 0.04, "num_candidates": 5},
+                                   {"temperature": 1.0, "num_candidates": -5}])  # fmt: skip
+def test_without_a_distribution_the_likeliest_tokens_come(stepped: Served, caller: Caller, terms):
+    begin(stepped, caller, 1, [1, 2, 3], **terms)
+    assert [row.request.params.temperature for row in stepped.engine.rows.values()] == [0.0]
+    stepped.engine.step()
+    assert not caller.responses.get(timeout=10).HasField("num_candidates")
+
+
+@pytest.mark.parametrize("terms", [{"temperature": float("nan")}, {"temperature": float("inf")},
+                                   {"cache_salt": "x" * 300}])  # fmt: skip
+def test_terms_that_cannot_be_get_no_proposals(stepped: Served, caller: Caller, terms):
+    caller.send(1, 0, [1], num_candidates=5, **terms)
+    caller.send(2, 0, [1], temperature=1.0, num_candidates=2**31 - 1)
+    eventually(lambda: len(rows_of(stepped)) == 1)
+    (row,) = stepped.engine.rows.values()
+    assert row.request.params.top_k == MAX_CANDIDATES
+
+
+def test_pages_are_shared_within_a_salt_only(stepped: Served, caller: Caller):
+    begin(stepped, caller, 1, [1], cache_salt="tenant")
+    begin(stepped, caller, 2, [2])
+    assert sorted(row.request.cache_salt for row in stepped.engine.rows.values()) == ["", "tenant"]
+    caller.send(1, 1, [9])  # what goes elsewhere begins another request, of the same salt
+    eventually(lambda: ((1, 9), 1) in rows_of(stepped))
+    assert sorted(row.request.cache_salt for row in stepped.engine.rows.values()) == ["", "tenant"]
+
+
+def test_seeds_of_drafts_are_nobody_elses(stepped: Served, caller: Caller):
+    """Those of other requests follow from a number, which the engine elsewhere may have too."""
+    assert stepped.core is not None
+    stepped.core.intake._seeds = random.Random(0)
+    for sequence in range(3):
+        begin(stepped, caller, sequence, [sequence], temperature=1.0, num_candidates=2)
+    numbers = random.Random(0)
+    theirs = {numbers.getrandbits(63) for _ in range(100)}
+    ours = {row.request.seed for row in stepped.engine.rows.values()}
+    assert len(ours) == 3 and not ours & theirs
 
 
 def end_sequences(caller: Caller) -> None:

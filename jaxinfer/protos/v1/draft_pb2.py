@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejaxinfer/protos/v1/draft.proto\x12\x0bjaxinfer.v1\"\xe7\x01\n\x0c\x44raftRequest\x12\x15\n\x08sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08position\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x17\n\nnum_wanted\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05\x65nded\x18\x05 \x01(\x08H\x03\x88\x01\x01\x12\x1f\n\x12with_probabilities\x18\x06 \x01(\x08H\x04\x88\x01\x01\x42\x0b\n\t_sequenceB\x0b\n\t_positionB\r\n\x0b_num_wantedB\x08\n\x06_endedB\x15\n\x13_with_probabilities\"\x81\x01\n\rDraftResponse\x12\x15\n\x08sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08position\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rprobabilities\x18\x04 \x03(\x02\x42\x0b\n\t_sequenceB\x0b\n\t_position2R\n\x0c\x44raftService\x12\x42\n\x05\x44raft\x12\x19.jaxinfer.v1.DraftRequest\x1a\x1a.jaxinfer.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejaxinfer/protos/v1/draft.proto\x12\x0bjaxinfer.v1\"\xe9\x02\n\x0c\x44raftRequest\x12\x15\n\x08sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08position\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x17\n\nnum_wanted\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05\x65nded\x18\x05 \x01(\x08H\x03\x88\x01\x01\x12\x1f\n\x12with_probabilities\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1b\n\x0enum_candidates\x18\x08 \x01(\x05H\x06\x88\x01\x01\x12\x17\n\ncache_salt\x18\t \x01(\tH\x07\x88\x01\x01\x42\x0b\n\t_sequenceB\x0b\n\t_positionB\r\n\x0b_num_wantedB\x08\n\x06_endedB\x15\n\x13_with_probabilitiesB\x0e\n\x0c_temperatureB\x11\n\x0f_num_candidatesB\r\n\x0b_cache_salt\"\xe9\x01\n\rDraftResponse\x12\x15\n\x08sequence\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08position\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rprobabilities\x18\x04 \x03(\x02\x12\x1b\n\x0enum_candidates\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x15\n\rcandidate_ids\x18\x06 \x03(\x05\x12\x1f\n\x17\x63\x61ndidate_probabilities\x18\x07 \x03(\x02\x42\x0b\n\t_sequenceB\x0b\n\t_positionB\x11\n\x0f_num_candidates2R\n\x0c\x44raftService\x12\x42\n\x05\x44raft\x12\x19.jaxinfer.v1.DraftRequest\x1a\x1a.jaxinfer.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxinfer.protos.v1.draft_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DRAFTREQUEST']._serialized_start=48
-  _globals['_DRAFTREQUEST']._serialized_end=279
-  _globals['_DRAFTRESPONSE']._serialized_start=282
-  _globals['_DRAFTRESPONSE']._serialized_end=411
-  _globals['_DRAFTSERVICE']._serialized_start=413
-  _globals['_DRAFTSERVICE']._serialized_end=495
+  _globals['_DRAFTREQUEST']._serialized_end=409
+  _globals['_DRAFTRESPONSE']._serialized_start=412
+  _globals['_DRAFTRESPONSE']._serialized_end=645
+  _globals['_DRAFTSERVICE']._serialized_start=647
+  _globals['_DRAFTSERVICE']._serialized_end=729
 # @@protoc_insertion_point(module_scope)
