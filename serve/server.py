@@ -24,6 +24,7 @@ from jaxinfer.protos.v1 import draft_pb2_grpc
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
+from serve.served_core import ServedCore
 from serve.services import SERVICE_NAME, GenerationService
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Server:
 
     def __init__(self, config: ServerConfig):
         self.config = config
-        self.service = GenerationService()
+        self.served = ServedCore()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
         self.port = 0
@@ -87,7 +88,7 @@ class Server:
 
     async def start(self) -> int:
         """Binds and answers health checks with NOT_SERVING; returns the port. Raises InvalidConfig."""
-        pb_grpc.add_GenerationServiceServicer_to_server(self.service, self._server)
+        pb_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.served), self._server)
         draft_pb2_grpc.add_DraftServiceServicer_to_server(self.drafts, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -102,7 +103,7 @@ class Server:
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
-        self.service.attach(core)
+        self.served.attach(core)
         self.drafts.attach(core)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -112,21 +113,21 @@ class Server:
         Returns whether all calls could finish.
         """
         await self._health.enter_graceful_shutdown()
-        self.service.refuse_new("the server is stopping; send the request elsewhere")
+        self.served.refuse_new("the server is stopping; send the request elsewhere")
         self.drafts.end()
         drained = await self._drain(now or asyncio.Event())
-        self.service.fail_running("the server was stopped before the request was finished")
-        await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
+        self.served.fail_running("the server was stopped before the request was finished")
+        await self._server.stop(CLOSE_GRACE_SECONDS if self.served.calls.num_running else 0)
         if self._core is not None:
             await asyncio.to_thread(self._core.engine.close)
             await asyncio.to_thread(self._core.intake.close)
-        self.service.close()
+        self.served.close()
         self.drafts.close()
         return drained
 
     async def _drain(self, now: asyncio.Event) -> bool:
         # Not by server.stop(grace): that would wait for endless calls like health's Watch, and refuse health checks.
-        drained = asyncio.create_task(self.service.calls.wait_idle(self.config.drain_seconds))
+        drained = asyncio.create_task(self.served.calls.wait_idle(self.config.drain_seconds))
         hurry = asyncio.create_task(now.wait())
         await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
