@@ -21,9 +21,13 @@ class Generation:
         self._num_unfinished = request.params.n
         self._num_output_tokens = 0
         self._first_seen = 0.0
+        self.num_cached_tokens = 0
+        """Of the prompt, known with the first tokens."""
 
     def feed(self, chunk: TokenChunk) -> Delta | None:
         """What a chunk adds; None if nothing that a user would see."""
+        if chunk.stats is not None:
+            self.num_cached_tokens = max(self.num_cached_tokens, chunk.stats.num_cached_tokens)
         delta = self._assembler.feed(chunk)
         if delta is None or not (delta.token_ids or delta.text or delta.finish_reason):
             return None

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.runtime_version import VersionError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -77,6 +78,8 @@ class Server:
         self.served = ServedCore()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
+        self.gateway_services: tuple[str, ...] = ()
+        """Names of the services that only gateways call; none where their stubs are not installed."""
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=CHANNEL_OPTIONS)
@@ -91,8 +94,10 @@ class Server:
         pb_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.served), self._server)
         draft_pb2_grpc.add_DraftServiceServicer_to_server(self.drafts, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.gateway_services = register_gateway_services(self.served, self._server)
         reflection.enable_server_reflection(
-            (SERVICE_NAME, DRAFT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+            (SERVICE_NAME, DRAFT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, *self.gateway_services),
+            self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self._bind(self.config.port)
         if not self.port:
@@ -150,8 +155,22 @@ class Server:
                              "127.0.0.1 is for this machine only, 0.0.0.0 for all its networks")
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, *self.gateway_services):
             await self._health.set(name, status)
+
+
+def register_gateway_services(served: ServedCore, server: grpc.aio.Server) -> tuple[str, ...]:
+    """Adds the services that need a package of the extra `gateway`; returns their names."""
+    try:
+        from serve import vllm_service
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "smg_grpc_proto":
+            raise
+        return ()
+    except (RuntimeError, VersionError) as error:  # of generated code beside an older grpcio or protobuf than its own
+        log.warning("vllm.grpc.engine is not served, its stubs do not fit what is installed: %s", error)
+        return ()
+    return (vllm_service.register(served, server),)
 
 
 class Stops:
@@ -254,9 +273,9 @@ async def _become_ready(server: Server, loading: Loading, announce: Callable[[st
     except BaseException:
         await server.stop()
         raise
-    info = core.info
+    info, services = core.info, " and ".join((SERVICE_NAME, *server.gateway_services))
     announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
-             f"{info.dtype}), after {time.monotonic() - began:.1f} s")
+             f"{info.dtype}), after {time.monotonic() - began:.1f} s; serves {services}")
 
 
 def settle_heap() -> None:
