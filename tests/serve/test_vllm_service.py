@@ -20,10 +20,11 @@ from jaxinfer.intake import GenerationDefaults
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import SamplingParams, StructuredOutput
 
-pb = pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto").vllm_engine_pb2
+pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 
-from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc  # noqa: E402 (behind the check that it is there)
-from smg_grpc_proto.generated import common_pb2  # noqa: E402
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
+from smg_grpc_proto.generated import common_pb2
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
