@@ -1,80 +1,24 @@
 """`vllm.grpc.engine.VllmEngine` over a real channel, with its own stubs, against the counting engine."""
 
-import asyncio
-import hashlib
-import io
-import json
 import logging
-import zipfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from counting_engine import EOS, VOCAB_SIZE, CountingEngine, make_core, write_tokenizer
-from serving import Served, eventually, serving
+from counting_engine import EOS, VOCAB_SIZE
+from serving import Served, eventually
 
 from jaxinfer.errors import EngineClosed, Overloaded, StepFailed
-from jaxinfer.intake import GenerationDefaults
-from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import SamplingParams, StructuredOutput
 
 pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
-from smg_grpc_proto.generated import common_pb2
+from vllm_peer import Peer, refusal
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-
-
-class Peer:
-    """The package's stub on one channel. Prompts are texts whose bytes are token ids."""
-
-    def __init__(self, channel: grpc.Channel):
-        self.stub = pb_grpc.VllmEngineStub(channel)
-
-    def start(self, prompt: str = "ab", *, request_id: str = "r", stream: bool = True, **sampling: Any) -> Any:
-        return self.stub.Generate(pb.GenerateRequest(
-            request_id=request_id, tokenized=pb.TokenizedInput(input_ids=prompt.encode()), stream=stream,
-            sampling_params=pb.SamplingParams(**sampling)))
-
-    def chunks(self, prompt: str = "ab", **options: Any) -> tuple[list[Any], list[Any]]:
-        """A stream's chunks and its completes, which come last."""
-        messages = list(self.start(prompt, **options))
-        kinds = [message.WhichOneof("response") for message in messages]
-        assert set(kinds) <= {"chunk", "complete"}
-        return ([one.chunk for one in messages if one.HasField("chunk")],
-                [one.complete for one in messages if one.HasField("complete")])
-
-    def whole(self, prompt: str = "ab", **options: Any) -> list[Any]:
-        messages = list(self.start(prompt, stream=False, **options))
-        assert all(message.HasField("complete") for message in messages)
-        return [message.complete for message in messages]
-
-    def abort(self, *request_ids: str) -> None:
-        assert self.stub.Abort(pb.AbortRequest(request_ids=request_ids)) == pb.AbortResponse()
-
-
-@pytest.fixture
-def peer(served: Served) -> Iterator[Peer]:
-    with grpc.insecure_channel(served.server.address) as channel:
-        yield Peer(channel)
-
-
-@pytest.fixture
-def slow(stepped: Served) -> Iterator[Peer]:
-    """A peer of the service that steps only when the test says so."""
-    with grpc.insecure_channel(stepped.server.address) as channel:
-        yield Peer(channel)
-
-
-def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call())
-    return caught.value.code(), caught.value.details()
 
 
 # ---- what is said
@@ -328,166 +272,3 @@ def test_malformed_bytes(served: Served):
         call = channel.unary_stream("/vllm.grpc.engine.VllmEngine/Generate")
         code, text = refusal(lambda: call(b"\xff\xff"))
     assert code is INVALID and "malformed" in text
-
-
-# ---- abort
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_abort_ends_the_call_and_its_rows(stepped: Served, slow: Peer, stream: bool):
-    call = slow.start(request_id="mine", max_tokens=100, n=2, stream=stream)
-    eventually(lambda: len(stepped.engine.rows) == 2)
-    stepped.engine.step()
-    slow.abort("another")
-    assert len(stepped.engine.rows) == 2
-    slow.abort("mine", "mine")
-    ends = [one.complete for one in call if one.HasField("complete")]
-    assert sorted((one.index, one.finish_reason, one.completion_tokens) for one in ends) == [
-        (0, "abort", 1), (1, "abort", 1)]
-    assert stepped.engine.cancelled == [("mine", None)] and not stepped.engine.rows
-    slow.abort("mine")
-
-
-def test_abort_leaves_samples_that_have_ended(stepped: Served, slow: Peer):
-    stepped.engine.tokens_per_step = 3
-    call = slow.start(request_id="mine", max_tokens=100, n=2, stop=["e"])
-    eventually(lambda: len(stepped.engine.rows) == 2)
-    key = next(key for key in stepped.engine.rows if key[1] == 1)
-    slower = stepped.engine.rows.pop(key)  # sample 1 does not step with the other
-    stepped.engine.step()
-    stepped.engine.rows[key] = slower
-    eventually(lambda: ("mine", 0) in stepped.engine.cancelled)
-    slow.abort("mine")
-    ends = {one.complete.index: one.complete.finish_reason for one in call if one.HasField("complete")}
-    assert ends == {0: "stop", 1: "abort"}
-
-
-def test_abort_ends_every_call_of_that_id(stepped: Served, slow: Peer):
-    calls = [slow.start(request_id="same", max_tokens=100) for _ in range(3)]
-    eventually(lambda: len(stepped.engine.rows) == 3)
-    slow.abort("same")
-    assert [[one.complete.finish_reason for one in call] for call in calls] == [["abort"]] * 3
-    assert not stepped.engine.rows
-
-
-def test_abort_before_the_request_is_in_the_engine(stepped: Served, slow: Peer, monkeypatch: pytest.MonkeyPatch):
-    served, waiting, go_on = stepped.server.served, [], asyncio.Event()
-    request = served.request
-
-    async def held_up(*args: Any, **kwargs: Any) -> Any:
-        waiting.append(True)
-        await go_on.wait()
-        return await request(*args, **kwargs)
-
-    monkeypatch.setattr(served, "request", held_up)
-    call = slow.start(request_id="mine", max_tokens=100)
-    eventually(lambda: waiting)
-    slow.abort("mine")
-    stepped.loop.call_soon_threadsafe(go_on.set)
-    assert [one.complete.finish_reason for one in call] == ["abort"]
-    assert not stepped.engine.rows
-
-
-def test_nothing_is_kept_of_calls_that_ended(stepped: Served, slow: Peer):
-    stepped.engine.tokens_per_step = 5
-    stepped.engine.submit_error = Overloaded("full")
-    refusal(lambda: slow.start(request_id="refused"))
-    stepped.engine.submit_error = None
-    cancelled = slow.start(request_id="cancelled", max_tokens=9)
-    eventually(lambda: stepped.engine.rows)
-    cancelled.cancel()
-    eventually(lambda: not stepped.engine.rows)
-    assert stepped.engine.cancelled == [("cancelled", None)]
-    eventually(lambda: stepped.server.served.calls.num_running == 0)
-    slow.abort("refused", "cancelled")
-    assert stepped.server.served.serving()[1].num_streams == 0
-
-
-# ---- what gateways ask
-
-
-def test_model_info(peer: Peer):
-    info = peer.stub.GetModelInfo(pb.GetModelInfoRequest())
-    assert info == pb.GetModelInfoResponse(
-        model_path="counting", served_model_name="counting", is_generation=True, max_context_length=300_000,
-        vocab_size=VOCAB_SIZE, model_type="counting", eos_token_ids=[EOS], max_req_input_len=299_999,
-        default_sampling_params_json='{"temperature": 0.7}')
-
-
-def test_the_models_wishes(served: Served, monkeypatch: pytest.MonkeyPatch, peer: Peer):
-    assert served.core is not None
-    config = {"temperature": 0.25, "top_p": 0.5, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.5}
-    monkeypatch.setattr(served.core.intake, "defaults", GenerationDefaults.from_config(config))
-    said = peer.stub.GetModelInfo(pb.GetModelInfoRequest()).default_sampling_params_json
-    assert json.loads(said) == {"temperature": 0.25, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.5}
-    monkeypatch.setattr(served.core.intake, "defaults", GenerationDefaults())
-    assert peer.stub.GetModelInfo(pb.GetModelInfoRequest()).default_sampling_params_json == ""
-
-
-def test_server_info_and_loads(stepped: Served, slow: Peer):
-    call = slow.start(max_tokens=10)
-    eventually(lambda: stepped.engine.rows)
-    info = slow.stub.GetServerInfo(pb.GetServerInfoRequest())
-    assert (info.active_requests, info.data_parallel_size, info.model_dtype) == (1, 1, "int32")
-    assert info.uptime_seconds > 0 and info.last_receive_timestamp > 1e9
-    found = slow.stub.GetLoads(pb.GetLoadsRequest())
-    (load,) = found.loads
-    assert found.dp_rank_count == 1 and found.timestamp.startswith("20")
-    assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (1, 0, 1)
-    assert load.token_usage == 3 / 64
-    call.cancel()
-
-
-def test_health():
-    with serving(None) as served, grpc.insecure_channel(served.server.address) as channel:
-        stub = pb_grpc.VllmEngineStub(channel)
-        calls = [lambda: [stub.HealthCheck(pb.HealthCheckRequest())],
-                 lambda: [stub.GetModelInfo(pb.GetModelInfoRequest())],
-                 lambda: [stub.GetServerInfo(pb.GetServerInfoRequest())], lambda: [stub.GetLoads(pb.GetLoadsRequest())],
-                 lambda: stub.GetTokenizer(common_pb2.GetTokenizerRequest()),
-                 lambda: stub.Generate(pb.GenerateRequest(text="a"))]
-        for call in calls:
-            code, text = refusal(call)
-            assert code is UNAVAILABLE and "still loading" in text
-        served.core = make_core(CountingEngine())
-        served.call(served.server.ready(served.core))
-        assert stub.HealthCheck(pb.HealthCheckRequest()).healthy
-        served.engine.alive = False
-        assert stub.HealthCheck(pb.HealthCheckRequest()) == pb.HealthCheckResponse(message="the engine has died")
-        served.server.served.refuse_new("the server is stopping")
-        for call in calls:
-            assert refusal(call) == (UNAVAILABLE, "the server is stopping")
-
-
-def archive_of(served: Served) -> bytes:
-    with grpc.insecure_channel(served.server.address) as channel:
-        chunks = list(pb_grpc.VllmEngineStub(channel).GetTokenizer(common_pb2.GetTokenizerRequest()))
-    data = b"".join(chunk.data for chunk in chunks)
-    assert [chunk.sha256 for chunk in chunks] == [""] * (len(chunks) - 1) + [hashlib.sha256(data).hexdigest()]
-    return data
-
-
-def test_the_tokenizers_files_make_the_same_tokenizer(tmp_path: Path):
-    folder, unpacked = tmp_path / "model", tmp_path / "unpacked"
-    folder.mkdir()
-    write_tokenizer(folder)
-    noise = "".join(hashlib.sha256(bytes([n // 256, n % 256])).hexdigest() for n in range(4000))  # more than a chunk
-    (folder / "config.json").write_text(json.dumps({"noise": noise}))
-    (folder / "secrets.txt").write_text("not for clients")
-    with serving(make_core(CountingEngine(), folder=folder)) as served:
-        data = archive_of(served)
-        assert len(data) > 64 * 1024
-        (folder / "config.json").touch()
-        assert archive_of(served) == data
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        assert sorted(archive.namelist()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
-        archive.extractall(unpacked)
-    assert Tokenizer.from_folder(unpacked).encode("héllo<eos>") == [*"héllo".encode(), EOS]
-
-
-@pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_a_tokenizer_without_files(with_tokenizer: bool):
-    with serving(make_core(CountingEngine(), with_tokenizer=with_tokenizer)) as served:
-        with pytest.raises(grpc.RpcError) as caught:
-            archive_of(served)
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
