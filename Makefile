@@ -31,7 +31,7 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT
 SHOW := awk '$$1 == "Collecting" || $$1 == "Downloading" {print "  " tolower($$1) " " $$2; fflush()} \
     $$1 == "Installing" {print "  installing"; fflush()}'
 
-.PHONY: help setup aot-packages aot test smoke lint demo bench clean
+.PHONY: help setup aot-packages aot test smoke lint demo smg-demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,9 @@ lint: $(STAMP) ## ruff and pyright
 
 demo: $(STAMP) ## serve the shipped model, send it eight prompts, show the streams and a table
 	@$(PY) -m serve.demo
+
+smg-demo: $(STAMP) ## serve the shipped model twice behind the gateway smg: the OpenAI API, a server killed under load
+	@$(PY) -m serve.smg_demo
 
 bench: $(STAMP) ## every benchmark; fails when a number is under its floor
 	@$(PY) -m benchmarks $(ARGS)

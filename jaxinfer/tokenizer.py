@@ -37,12 +37,14 @@ class Tokenizer:
 
     special_tokens: name ("bos_token", ...) to text, as chat templates expect. chat_template: its source, or
     None. vocab_size: largest id + 1. longest_token_bytes: most bytes of prompt one token can stand for, None
-    where no such bound is sound. folder: where its files lie, for messages.
+    where no such bound is sound. folder: where its files lie, None for one that was not read from files.
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", config: Mapping[str, Any] | None = None,
-                 chat_template: str | None = None, folder: Path = Path()):
+                 chat_template: str | None = None, folder: Path | None = None):
         config = config or {}
+        self.folder = folder
+        config_file = (folder or Path()) / CONFIG_FILE
         backend.no_truncation()  # a prompt is never cut silently, whatever the file says
         backend.no_padding()
         self._backend = backend
@@ -55,14 +57,14 @@ class Tokenizer:
         """Whether tokens like <0xE2> stand for single bytes."""
         self._bytes: dict[int, bytes] = {}
         self._spellings = {skip: _Spellings(self, skip) for skip in (True, False)}
-        self.special_tokens = _special_tokens(config, folder / CONFIG_FILE)
+        self.special_tokens = _special_tokens(config, config_file)
         self.chat_template = chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.longest_token_bytes = _longest_token_bytes(backend, vocab, self._added)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self._add_bos = _optional_bool(config, "add_bos_token", folder / CONFIG_FILE)
+        self._add_bos = _optional_bool(config, "add_bos_token", config_file)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -79,11 +81,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, Any] | None = None,
-                  chat_template: str | None = None, folder: Path = Path()) -> "Tokenizer":
+                  chat_template: str | None = None, folder: Path | None = None) -> "Tokenizer":
         """From the text of a tokenizer.json. Raises ModelFormatError."""
         import tokenizers
 
-        with _typed(_bad_file(folder / TOKENIZER_FILE, text)):
+        with _typed(_bad_file((folder or Path()) / TOKENIZER_FILE, text)):
             return cls(tokenizers.Tokenizer.from_str(text), config, chat_template, folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxinfer.core import Load, ModelInfo
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
+from jaxinfer.outputs import CompletionOutput, Delta, Logprob, PositionLogprobs
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 
@@ -177,10 +177,15 @@ def logprobs_messages(positions: Iterable[PositionLogprobs | None], limit: int |
 def _position(entries: PositionLogprobs, limit: int) -> pb.TokenLogprob:
     (token_id, chosen), *_ = entries.items()  # the chosen token comes first
     message = pb.TokenLogprob(token_id=token_id, logprob=chosen.logprob, rank=chosen.rank, text=chosen.decoded_token)
-    likely = sorted((entry.rank, id) for id, entry in entries.items() if entry.rank is not None and entry.rank <= limit)
-    for rank, id in likely:
-        message.top.add(token_id=id, logprob=entries[id].logprob, rank=rank, text=entries[id].decoded_token)
+    for id, entry in likeliest(entries, limit):
+        message.top.add(token_id=id, logprob=entry.logprob, rank=entry.rank, text=entry.decoded_token)
     return message
+
+
+def likeliest(entries: PositionLogprobs, limit: int) -> list[tuple[int, Logprob]]:
+    """The `limit` most likely tokens of a position, in that order; the chosen one only if it is one of them."""
+    ranked = sorted((entry.rank, id) for id, entry in entries.items() if entry.rank is not None and entry.rank <= limit)
+    return [(id, entries[id]) for _, id in ranked]
 
 
 def usage(stats: RequestStats) -> pb.Usage:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.runtime_version import VersionError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -24,6 +25,7 @@ from jaxinfer.protos.v1 import draft_pb2_grpc
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
+from serve.served_core import ServedCore
 from serve.services import SERVICE_NAME, GenerationService
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,11 @@ class Server:
 
     def __init__(self, config: ServerConfig):
         self.config = config
-        self.service = GenerationService()
+        self.served = ServedCore()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
+        self.gateway_services: tuple[str, ...] = ()
+        """Names of the services that only gateways call; none where their stubs are not installed."""
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=CHANNEL_OPTIONS)
@@ -87,11 +91,13 @@ class Server:
 
     async def start(self) -> int:
         """Binds and answers health checks with NOT_SERVING; returns the port. Raises InvalidConfig."""
-        pb_grpc.add_GenerationServiceServicer_to_server(self.service, self._server)
+        pb_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.served), self._server)
         draft_pb2_grpc.add_DraftServiceServicer_to_server(self.drafts, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.gateway_services = register_gateway_services(self.served, self._server)
         reflection.enable_server_reflection(
-            (SERVICE_NAME, DRAFT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+            (SERVICE_NAME, DRAFT_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, *self.gateway_services),
+            self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self._bind(self.config.port)
         if not self.port:
@@ -102,7 +108,7 @@ class Server:
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
-        self.service.attach(core)
+        self.served.attach(core)
         self.drafts.attach(core)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -112,21 +118,21 @@ class Server:
         Returns whether all calls could finish.
         """
         await self._health.enter_graceful_shutdown()
-        self.service.refuse_new("the server is stopping; send the request elsewhere")
+        self.served.refuse_new("the server is stopping; send the request elsewhere")
         self.drafts.end()
         drained = await self._drain(now or asyncio.Event())
-        self.service.fail_running("the server was stopped before the request was finished")
-        await self._server.stop(CLOSE_GRACE_SECONDS if self.service.calls.num_running else 0)
+        self.served.fail_running("the server was stopped before the request was finished")
+        await self._server.stop(CLOSE_GRACE_SECONDS if self.served.calls.num_running else 0)
         if self._core is not None:
             await asyncio.to_thread(self._core.engine.close)
             await asyncio.to_thread(self._core.intake.close)
-        self.service.close()
+        self.served.close()
         self.drafts.close()
         return drained
 
     async def _drain(self, now: asyncio.Event) -> bool:
         # Not by server.stop(grace): that would wait for endless calls like health's Watch, and refuse health checks.
-        drained = asyncio.create_task(self.service.calls.wait_idle(self.config.drain_seconds))
+        drained = asyncio.create_task(self.served.calls.wait_idle(self.config.drain_seconds))
         hurry = asyncio.create_task(now.wait())
         await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
@@ -149,8 +155,22 @@ class Server:
                              "127.0.0.1 is for this machine only, 0.0.0.0 for all its networks")
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, *self.gateway_services):
             await self._health.set(name, status)
+
+
+def register_gateway_services(served: ServedCore, server: grpc.aio.Server) -> tuple[str, ...]:
+    """Adds the services that need a package of the extra `gateway`; returns their names."""
+    try:
+        from serve import vllm_service
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "smg_grpc_proto":
+            raise
+        return ()
+    except (RuntimeError, VersionError) as error:  # of generated code beside an older grpcio or protobuf than its own
+        log.warning("vllm.grpc.engine is not served, its stubs do not fit what is installed: %s", error)
+        return ()
+    return (vllm_service.register(served, server),)
 
 
 class Stops:
@@ -253,9 +273,9 @@ async def _become_ready(server: Server, loading: Loading, announce: Callable[[st
     except BaseException:
         await server.stop()
         raise
-    info = core.info
+    info, services = core.info, " and ".join((SERVICE_NAME, *server.gateway_services))
     announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
-             f"{info.dtype}), after {time.monotonic() - began:.1f} s")
+             f"{info.dtype}), after {time.monotonic() - began:.1f} s; serves {services}")
 
 
 def settle_heap() -> None:

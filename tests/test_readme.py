@@ -1,11 +1,14 @@
 """The README's examples run as they stand, and its links lead somewhere."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from serve.gateway import gateway
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -24,10 +27,11 @@ def run(code: str, repository: Path, cache: Path) -> str:
 
 PYTHON = [example for example in EXAMPLES if "LLM" in example]
 GRPC = [example for example in EXAMPLES if "Client" in example]
+OPENAI = [example for example in EXAMPLES if "OpenAI" in example]
 
 
-def test_there_are_two_short_examples_of_each_kind():
-    assert len(EXAMPLES) == 4 and len(PYTHON) == len(GRPC) == 2
+def test_there_are_few_short_examples_of_each_kind():
+    assert len(EXAMPLES) == 5 and len(PYTHON) == len(GRPC) == 2 and len(OPENAI) == 1
     assert all(len(example.strip().splitlines()) <= 10 for example in EXAMPLES)
 
 
@@ -52,6 +56,9 @@ def test_the_grpc_examples(repository, tmp_path):
             assert len(printed) > 40
             assert "pages_total" in printed
             assert re.search(r"^number [0-9]{3}-[0-9]{4}\n(yes|no)$", rules, re.MULTILINE)
+            if importlib.util.find_spec("smg"):
+                with gateway([address]) as front:
+                    assert run(OPENAI[0].replace("http://127.0.0.1:30000", front.url), repository, tmp_path)
         finally:
             server.terminate()
             server.communicate(timeout=60)

@@ -1,8 +1,10 @@
 """A core one can do in the head: the engine's next token is last + 1, and token ids are bytes of text."""
 
+import json
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -129,6 +131,7 @@ class CountingEngine:
         if row.stats.first_token:
             return
         row.stats.first_token = time.monotonic()
+        chunk.stats = row.stats
         number = row.request.params.prompt_logprobs
         if number is not None and row.index == 0:
             chunk.prompt_logprobs = [logprobs_of(id, number) for id in row.request.prompt[1:]]
@@ -168,9 +171,20 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer.from_json(backend.to_str(), {"eos_token": "<eos>"})
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """The byte tokenizer as the files of a model folder."""
+    (folder / "tokenizer.json").write_text(byte_tokenizer()._backend.to_str())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def make_core(engine: CountingEngine | None = None, *, with_tokenizer: bool = True,
-              max_model_len: int = 300_000) -> Core:
-    tokenizer = byte_tokenizer() if with_tokenizer else None
+              max_model_len: int = 300_000, folder: Path | None = None) -> Core:
+    """folder: where to read the tokenizer from, if it is to have files."""
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = byte_tokenizer() if folder is None else Tokenizer.from_folder(folder)
     intake = Intake(
         tokenizer, Limits(vocab_size=VOCAB_SIZE, max_model_len=max_model_len),
         GenerationDefaults(SamplingParams(temperature=0.7, max_tokens=5), (EOS,)),

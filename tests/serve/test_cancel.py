@@ -170,9 +170,9 @@ def test_disconnect_storm():
     with serving(make_core(engine)) as served:
         asyncio.run(storm(served.server.address, 200))
         eventually(lambda: not engine.rows)
-        bridge = served.server.service._bridge
+        bridge = served.server.served._bridge
         assert bridge is not None and bridge.num_streams == 0
-        eventually(lambda: served.server.service.calls.num_running == 0)
+        eventually(lambda: served.server.served.calls.num_running == 0)
         assert len(engine.cancelled) > 10
         assert served.client.generate("ab", max_tokens=3).text == "cde"
 

@@ -113,7 +113,7 @@ def test_refused_by_the_engine(stepped: Served, error: Exception, code: grpc.Sta
     stepped.engine.submit_error = error
     assert refusal(lambda: stepped.client.generate("ab")) == (code, str(error))
     assert refusal(lambda: list(stepped.client.stream("ab"))) == (code, str(error))
-    bridge = stepped.server.service._bridge
+    bridge = stepped.server.served._bridge
     assert bridge is not None and bridge.num_streams == 0
 
 

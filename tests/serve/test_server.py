@@ -22,6 +22,7 @@ from serve.client import Client
 from serve.server import Server, ServerConfig
 
 NAME = "jaxinfer.v1.GenerationService"
+VLLM = "vllm.grpc.engine.VllmEngine"
 Status = health_pb2.HealthCheckResponse
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -31,7 +32,7 @@ def health(address: str, name: str = "") -> int:
         return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
 
 
-@pytest.mark.parametrize("name", ["", NAME])
+@pytest.mark.parametrize("name", ["", NAME, VLLM])
 def test_not_serving_until_ready(name: str):
     with serving(None) as served:
         assert health(served.server.address, name) == Status.NOT_SERVING
@@ -100,10 +101,33 @@ def test_reflection_lists_and_describes_the_services(served: Served):
                  reflection_pb2.ServerReflectionRequest(file_containing_symbol=NAME)]
         listed, described = stub.ServerReflectionInfo(iter(asked))
     assert {service.name for service in listed.list_services_response.service} == {
-        NAME, "jaxinfer.v1.DraftService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        NAME, VLLM, "jaxinfer.v1.DraftService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     file = descriptor_pb2.FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
     assert [method.name for method in file.service[0].method] == [
         "Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo", "GetLoad"]
+
+
+@pytest.mark.parametrize("statement", [
+    "sys.modules['smg_grpc_proto'] = None",
+    "runtime_version.ValidateProtobufRuntimeVersion = too_old",
+])
+def test_without_fitting_stubs_there_is_no_service_for_gateways(statement: str, repository: Path):
+    script = f"""
+import sys
+from google.protobuf import runtime_version
+import grpc
+from serve.server import register_gateway_services
+def too_old(*args):
+    raise runtime_version.VersionError("too old")
+{statement}
+async def main():
+    print(register_gateway_services(None, grpc.aio.server()))
+import asyncio
+asyncio.run(main())
+"""
+    found = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True)
+    assert found.stdout == "()\n"
+    assert ("do not fit" in found.stderr) == ("too_old" in statement)
 
 
 def test_a_taken_port_is_refused(served: Served):
@@ -170,6 +194,7 @@ def test_from_bound_to_drained(repository: Path):
             assert server.stdout is not None
             ready = server.stdout.readline()
             assert ready.startswith(f"ready on {address}: counting (counting, 1 parameters, int32), after"), ready
+            assert ready.endswith(f"; serves {NAME} and {VLLM}\n"), ready
             stream = iter(client.stream("ab", max_tokens=60))
             first = next(stream)
             server.send_signal(signal.SIGTERM)

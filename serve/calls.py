@@ -1,0 +1,75 @@
+"""Calls of any of our services: counted while they run, and their errors as status codes.
+
+The table of codes is `jaxinfer.errors`; only texts that we wrote ourselves reach a client.
+"""
+
+import asyncio
+import logging
+
+import grpc
+
+from jaxinfer import errors
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext
+LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+
+
+class Calls:
+    """Counts the calls that run."""
+
+    def __init__(self):
+        self.num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        self.num_running += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_running -= 1
+        if not self.num_running:
+            self._idle.set()
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Waits until none runs; False when some still do after `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+
+class Answering:
+    """Around the body of a call: counts it as running, and turns what it raises into its status.
+
+    A context manager and not a decorator: a decorated stream would pass every message through one more generator.
+    """
+
+    __slots__ = ("_calls", "_context")
+
+    def __init__(self, calls: Calls, context: Context):
+        self._calls = calls
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        self._calls.enter()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is not None and not isinstance(error, LEAVING):
+                await refuse(self._context, error)
+        finally:
+            self._calls.leave()
+
+
+async def refuse(context: Context, error: BaseException) -> None:
+    """Ends the call with the error's status; only texts that we wrote ourselves reach the client."""
+    if isinstance(error, grpc.aio.BaseError):  # the connection went away under a write: nobody is left to tell
+        raise asyncio.CancelledError from error
+    code, _, text = errors.status_of(error)
+    if code == "INTERNAL":
+        log.error("unexpected error in a call", exc_info=error)
+    await context.abort(grpc.StatusCode[code], text)

@@ -1,0 +1,159 @@
+"""`vllm.grpc.engine.VllmEngine` over the same core as `services.GenerationService`, for gateways that speak it.
+
+Tokens in, tokens out: the client tokenises, with the files that GetTokenizer sends. A stream's deltas come sample by
+sample; its end is a complete message for each. Abort ends streams by the client's request ids, in any state of theirs.
+Stubs: smg-grpc-proto, so this module is imported only where that package is.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from smg_grpc_proto.generated import common_pb2
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
+
+from serve import vllm_codec
+from serve.bridge import Bridge, Stream
+from serve.calls import Answering, Context
+from serve.generation import Generation, open_collected, open_streamed
+from serve.served_core import ServedCore, needed
+from serve.tokenizer_bundle import bundle
+
+VLLM_SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+TOKENIZER_CHUNK_BYTES = 64 * 1024
+SERVER_TYPE = "jaxinfer"
+
+
+class Abortable:
+    """A call that Abort can end, before its request is in the engine and after."""
+
+    def __init__(self):
+        self._stream: Stream | None = None
+        self._aborted = False
+
+    def bind(self, stream: Stream) -> None:
+        self._stream = stream
+        if self._aborted:
+            stream.cancel()
+
+    def abort(self) -> None:
+        self._aborted = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+
+class Abortables:
+    """Running calls by the client's request id. Ids may repeat; an unknown one is ignored."""
+
+    def __init__(self):
+        self._running: dict[str, set[Abortable]] = {}
+
+    def enter(self, request_id: str) -> Abortable:
+        call = Abortable()
+        self._running.setdefault(request_id, set()).add(call)
+        return call
+
+    def leave(self, request_id: str, call: Abortable) -> None:
+        calls = self._running[request_id]
+        calls.discard(call)
+        if not calls:
+            del self._running[request_id]
+
+    def abort(self, request_id: str) -> None:
+        for call in self._running.get(request_id, ()):
+            call.abort()
+
+
+class VllmService(pb_grpc.VllmEngineServicer):
+    """Refuses calls with UNAVAILABLE while `served` does. What we do not offer is UNIMPLEMENTED."""
+
+    def __init__(self, served: ServedCore):
+        self._served = served
+        self._abortables = Abortables()
+        self._began = time.monotonic()
+        self._last_receive = 0.0
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        self._last_receive = time.time()
+        call = self._abortables.enter(request.request_id)
+        try:
+            async with Answering(self._served.calls, context):
+                core, bridge = self._served.serving()
+                params = vllm_codec.sampling_params(request.sampling_params, core.intake.defaults.sampling)
+                asked = await self._served.request(vllm_codec.prompt(request), params,
+                                                   request_id=request.request_id or None)
+                generation = Generation(asked, core.tokenizer)
+                if not request.stream:
+                    for message in await self._collect(bridge, generation, call):
+                        yield message
+                    return
+                outbox = vllm_codec.Outbox(generation)
+                async with open_streamed(bridge, asked, generation, outbox) as stream:
+                    call.bind(stream)
+                    while await stream.wait():
+                        while outbox.messages:
+                            yield outbox.take()
+                outbox.abort()
+                while outbox.messages:
+                    yield outbox.take()
+        finally:
+            self._abortables.leave(request.request_id, call)
+
+    async def _collect(self, bridge: Bridge, generation: Generation, call: Abortable) -> list[pb.GenerateResponse]:
+        async with open_collected(bridge, generation.request, generation) as stream:
+            call.bind(stream)
+            while await stream.wait():
+                pass
+        return list(vllm_codec.completes(generation))
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        for request_id in request.request_ids:
+            self._abortables.abort(request_id)
+        return pb.AbortResponse()
+
+    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
+        async with Answering(self._served.calls, context):
+            alive = self._served.serving()[0].engine.alive
+            return pb.HealthCheckResponse(healthy=alive, message="" if alive else "the engine has died")
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        async with Answering(self._served.calls, context):
+            return vllm_codec.model_info(self._served.serving()[0])
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        async with Answering(self._served.calls, context):
+            core, bridge = self._served.serving()
+            return pb.GetServerInfoResponse(
+                active_requests=bridge.num_streams, last_receive_timestamp=self._last_receive,
+                uptime_seconds=time.monotonic() - self._began, server_type=SERVER_TYPE, data_parallel_size=1,
+                model_dtype=core.info.dtype)
+
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
+        async with Answering(self._served.calls, context):
+            return vllm_codec.loads(self._served.serving()[0].engine.load())
+
+    async def _not_offered(self, request: Any, context: Any) -> Any:
+        """The generated default would answer the same, and log a traceback for each call."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not offer it")
+
+    Embed = FlushCache = StartProfile = StopProfile = SubscribeKvEvents = _not_offered
+
+    async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context
+                           ) -> AsyncIterator[common_pb2.GetTokenizerChunk]:  # fmt: skip
+        async with Answering(self._served.calls, context):
+            archive = await asyncio.to_thread(bundle, needed(self._served.serving()[0].tokenizer))
+            for start in range(0, len(archive), TOKENIZER_CHUNK_BYTES):
+                end = start + TOKENIZER_CHUNK_BYTES
+                is_last = end >= len(archive)
+                yield common_pb2.GetTokenizerChunk(
+                    data=archive[start:end], sha256=hashlib.sha256(archive).hexdigest() if is_last else "")
+
+
+def register(served: ServedCore, server: grpc.aio.Server) -> str:
+    """Adds the service to `server`; returns its name."""
+    pb_grpc.add_VllmEngineServicer_to_server(VllmService(served), server)
+    return VLLM_SERVICE_NAME

@@ -1,0 +1,83 @@
+"""Abort of `vllm.grpc.engine`: it ends calls by the client's id, in whatever state they are, and only those."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from serving import Served, eventually
+
+from jaxinfer.errors import Overloaded
+
+pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
+
+from vllm_peer import Peer, refusal
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_abort_ends_the_call_and_its_rows(stepped: Served, slow: Peer, stream: bool):
+    call = slow.start(request_id="mine", max_tokens=100, n=2, stream=stream)
+    eventually(lambda: len(stepped.engine.rows) == 2)
+    stepped.engine.step()
+    slow.abort("another")
+    assert len(stepped.engine.rows) == 2
+    slow.abort("mine", "mine")
+    ends = [one.complete for one in call if one.HasField("complete")]
+    assert sorted((one.index, one.finish_reason, one.completion_tokens) for one in ends) == [
+        (0, "abort", 1), (1, "abort", 1)]
+    assert stepped.engine.cancelled == [("mine", None)] and not stepped.engine.rows
+    slow.abort("mine")
+
+
+def test_abort_leaves_samples_that_have_ended(stepped: Served, slow: Peer):
+    stepped.engine.tokens_per_step = 3
+    call = slow.start(request_id="mine", max_tokens=100, n=2, stop=["e"])
+    eventually(lambda: len(stepped.engine.rows) == 2)
+    key = next(key for key in stepped.engine.rows if key[1] == 1)
+    slower = stepped.engine.rows.pop(key)  # sample 1 does not step with the other
+    stepped.engine.step()
+    stepped.engine.rows[key] = slower
+    eventually(lambda: ("mine", 0) in stepped.engine.cancelled)
+    slow.abort("mine")
+    ends = {one.complete.index: one.complete.finish_reason for one in call if one.HasField("complete")}
+    assert ends == {0: "stop", 1: "abort"}
+
+
+def test_abort_ends_every_call_of_that_id(stepped: Served, slow: Peer):
+    calls = [slow.start(request_id="same", max_tokens=100) for _ in range(3)]
+    eventually(lambda: len(stepped.engine.rows) == 3)
+    slow.abort("same")
+    assert [[one.complete.finish_reason for one in call] for call in calls] == [["abort"]] * 3
+    assert not stepped.engine.rows
+
+
+def test_abort_before_the_request_is_in_the_engine(stepped: Served, slow: Peer, monkeypatch: pytest.MonkeyPatch):
+    served, waiting, go_on = stepped.server.served, [], asyncio.Event()
+    request = served.request
+
+    async def held_up(*args: Any, **kwargs: Any) -> Any:
+        waiting.append(True)
+        await go_on.wait()
+        return await request(*args, **kwargs)
+
+    monkeypatch.setattr(served, "request", held_up)
+    call = slow.start(request_id="mine", max_tokens=100)
+    eventually(lambda: waiting)
+    slow.abort("mine")
+    stepped.loop.call_soon_threadsafe(go_on.set)
+    assert [one.complete.finish_reason for one in call] == ["abort"]
+    assert not stepped.engine.rows
+
+
+def test_nothing_is_kept_of_calls_that_ended(stepped: Served, slow: Peer):
+    stepped.engine.tokens_per_step = 5
+    stepped.engine.submit_error = Overloaded("full")
+    refusal(lambda: slow.start(request_id="refused"))
+    stepped.engine.submit_error = None
+    cancelled = slow.start(request_id="cancelled", max_tokens=9)
+    eventually(lambda: stepped.engine.rows)
+    cancelled.cancel()
+    eventually(lambda: not stepped.engine.rows)
+    assert stepped.engine.cancelled == [("cancelled", None)]
+    eventually(lambda: stepped.server.served.calls.num_running == 0)
+    slow.abort("refused", "cancelled")
+    assert stepped.server.served.serving()[1].num_streams == 0
