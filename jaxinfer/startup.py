@@ -229,7 +229,7 @@ def engine_config(options: Options, max_model_len: int, num_pages: int, least: S
 
 def plan_memory(options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int) -> memory.MemoryPlan:
     """How the memory of the devices that hold `params` is used."""
-    device = jax.tree.leaves(params)[0].devices().pop()
+    device = next(iter(jax.tree.leaves(params)[0].devices()))  # the set is the sharding's own: left whole
     budget = memory.memory_budget(device, options.gpu_memory_utilization, memory.weight_bytes(params))
     return plan_within(budget, options, model, params, max_model_len, on_cpu=device.platform == "cpu")
 
