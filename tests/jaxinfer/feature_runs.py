@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from counting import small_config
 from features import EOS, FIRST, LETTERS, SECOND, params_of
-from reference_sampler import TableModel, answer, by_table, candidates, is_over
+from lazy_programs import warm_up_lazily
+from reference_sampler import VOCAB, TableModel, answer, by_table, candidates, is_over, table
+from remote_drafting import Counting
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -22,9 +25,12 @@ from jaxinfer.drafter import Drafter
 from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor
 from jaxinfer.intake import GenerationDefaults, Intake
+from jaxinfer.medusa_drafter import MedusaDrafter
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.page_pool import PagePool
 from jaxinfer.prompt_lookup import PromptLookup
+from jaxinfer.remote_drafts import Proposal, RemoteDrafts, num_ahead
+from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, RequestStats, SamplingParams, StepPlan
@@ -33,6 +39,27 @@ from jaxinfer.validation import Limits, stop_strings
 CONFIG = small_config(max_num_seqs=8, num_pages=190, row_buckets=(8,), max_decode_rounds=3, grammars=True)
 DRAFTED = 3
 DRAFTERS = ("none", "draft model", "prompt lookup")
+"""With which every pair runs."""
+MORE_DRAFTERS = ("Medusa", "remote drafter")
+"""With which every feature runs alone."""
+
+
+@dataclass(frozen=True)
+class TableHeads:
+    """Heads of the table model: a state is the token whose row of the table gives the logits; sometimes another."""
+
+    def advance(self, params: Any, index: int, state: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.where(tokens % 3 == 0, (tokens + 1) % VOCAB, tokens)[:, None].astype(jnp.float32)
+
+
+class ByTable(Counting):
+    """A source that proposes the likeliest tokens."""
+
+    def answer(self, name: int, row: list[int]) -> Proposal:
+        tokens = [row[-1]]
+        for _ in range(num_ahead(DRAFTED)):
+            tokens.append(int(np.argmax(table(0)[tokens[-1]])))
+        return Proposal(name, len(row), tuple(tokens[1:]))
 
 
 def letter_tokenizer() -> Tokenizer:
@@ -49,19 +76,36 @@ def new_intake() -> Intake:
     return Intake(letter_tokenizer(), limits, GenerationDefaults(SamplingParams(), (EOS,)), seeds=random.Random(0))
 
 
+def new_drafter(name: str) -> Drafter:
+    rows = CONFIG.max_num_seqs
+    if name == "draft model":
+        return DraftModel(TableModel(every=3), DRAFTED)
+    if name == "prompt lookup":
+        return PromptLookup(DRAFTED, rows, CONFIG.max_model_len)
+    if name == "Medusa":
+        return MedusaDrafter(TableModel(), TableHeads(), DRAFTED, rows, 1, jnp.float32)
+    return RemoteProposals(DRAFTED, num_ahead(DRAFTED), rows)
+
+
 def new_executor(drafter: str) -> Executor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = jax.device_put(np.float32(0), place)
     model, config = TableModel(), CONFIG
     if drafter != "none":
-        proposing: Drafter = DraftModel(TableModel(every=3), DRAFTED)
-        if drafter == "prompt lookup":
-            proposing = PromptLookup(DRAFTED, config.max_num_seqs, config.max_model_len)
-        model, config = DraftPair(model, proposing), dataclasses.replace(config, num_speculative_tokens=DRAFTED)
+        model = DraftPair(model, new_drafter(drafter))
+        config = dataclasses.replace(config, num_speculative_tokens=DRAFTED)
         params = Pair(params, params if drafter == "draft model" else ())
     made = Executor(model, params, config, place)
-    made.warm_up(workers=2, progress=lambda name: None)
+    warm_up_lazily(made)
     return made
+
+
+def new_remote(executor: Executor) -> RemoteDrafts | None:
+    """The source of proposals, where they come from outside."""
+    drafter = getattr(executor.signature.model, "drafter", None)
+    if not isinstance(drafter, RemoteProposals):
+        return None
+    return RemoteDrafts(ByTable(), VOCAB, drafter.num_kept)
 
 
 @dataclass
@@ -78,7 +122,7 @@ def run(executor: Executor, tokenizer: Tokenizer | None, batches: Iterable[list[
     """The batches one after the other through one engine. num_pages: how many of the pool's pages there are."""
     executor.reset()
     config = dataclasses.replace(executor.config, num_pages=num_pages)
-    engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)))
+    engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)), remote=new_remote(executor))
     found = Run({}, record_plans(engine), defaultdict(list), engine)
     for batch in batches:
         assemblers = {one.id: Assembler(one, tokenizer) for one in batch}

@@ -39,8 +39,8 @@ REQUEST: dict[str, dict[str, Any]] = {
 }
 """By their names in the table: what a request sets."""
 
-ENGINE = ("draft model", "prompt lookup", "chunked prefill", "prefix cache", "preemption", "tensor parallel",
-          "int8 pages")  # fmt: skip
+ENGINE = ("draft model", "prompt lookup", "Medusa", "remote drafter", "chunked prefill", "prefix cache", "preemption",
+          "tensor parallel", "int8 pages")  # fmt: skip
 
 WORKS, NOTHING, REFUSED, EXCLUDED = "+", "o", "x", "/"
 """What a cell may say; the README explains each."""
