@@ -14,7 +14,7 @@ from counting import small_config
 from features import EOS, FIRST, LETTERS, SECOND, params_of
 from lazy_programs import warm_up_lazily
 from reference_sampler import VOCAB, TableModel, answer, by_table, candidates, is_over, table
-from remote_drafting import Counting
+from remote_drafting import Follower
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -29,7 +29,7 @@ from jaxinfer.medusa_drafter import MedusaDrafter
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.page_pool import PagePool
 from jaxinfer.prompt_lookup import PromptLookup
-from jaxinfer.remote_drafts import Proposal, RemoteDrafts, num_ahead
+from jaxinfer.remote_drafts import RemoteDrafts, num_ahead
 from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.tokenizer import Tokenizer
@@ -52,23 +52,17 @@ class TableHeads:
         return jnp.where(tokens % 3 == 0, (tokens + 1) % VOCAB, tokens)[:, None].astype(jnp.float32)
 
 
-class ByTable(Counting):
-    """A source that proposes the likeliest tokens."""
-
-    def answer(self, name: int, row: list[int]) -> Proposal:
-        tokens = [row[-1]]
-        for _ in range(num_ahead(DRAFTED)):
-            tokens.append(int(np.argmax(table(0)[tokens[-1]])))
-        return Proposal(name, len(row), tuple(tokens[1:]))
-
-
-def letter_tokenizer() -> Tokenizer:
-    """An id a letter, the last one is end-of-sequence."""
+def letter_tokenizer_json() -> str:
+    """tokenizer.json: an id a letter, the last one is end-of-sequence."""
     backend = Backend(models.BPE(vocab={letter: id_ for id_, letter in enumerate(LETTERS)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer.from_json(backend.to_str(), {"eos_token": "<eos>"})
+    return backend.to_str()
+
+
+def letter_tokenizer() -> Tokenizer:
+    return Tokenizer.from_json(letter_tokenizer_json(), {"eos_token": "<eos>"})
 
 
 def new_intake() -> Intake:
@@ -105,7 +99,7 @@ def new_remote(executor: Executor) -> RemoteDrafts | None:
     drafter = getattr(executor.signature.model, "drafter", None)
     if not isinstance(drafter, RemoteProposals):
         return None
-    return RemoteDrafts(ByTable(), VOCAB, drafter.num_kept)
+    return RemoteDrafts(Follower(table(0).argmax(1).tolist()), VOCAB, drafter.num_kept)
 
 
 @dataclass
@@ -125,20 +119,25 @@ def run(executor: Executor, tokenizer: Tokenizer | None, batches: Iterable[list[
     engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)), remote=new_remote(executor))
     found = Run({}, record_plans(engine), defaultdict(list), engine)
     for batch in batches:
-        assemblers = {one.id: Assembler(one, tokenizer) for one in batch}
-        for one in batch:
-            engine.add(one)
-        while engine.has_work:
-            for chunk in engine.step():
-                if chunk.stats is not None:
-                    found.stats[chunk.request_id].append(chunk.stats)
-                for index in cancelled([assemblers[chunk.request_id].feed(chunk)]):
-                    engine.cancel(chunk.request_id, index)
-            engine.scheduler.check_invariants()
-        found.outputs |= {id_: assembler.output() for id_, assembler in assemblers.items()}
+        run_batch(found, tokenizer, batch)
     assert engine.scheduler.pool.num_held == 0
     assert engine.scheduler.metrics.failed_steps == 0
     return found
+
+
+def run_batch(found: Run, tokenizer: Tokenizer | None, batch: list[Request]) -> None:
+    """What the engine answers to requests that come at once, into `found`."""
+    engine, assemblers = found.engine, {one.id: Assembler(one, tokenizer) for one in batch}
+    for one in batch:
+        engine.add(one)
+    while engine.has_work:
+        for chunk in engine.step():
+            if chunk.stats is not None:
+                found.stats[chunk.request_id].append(chunk.stats)
+            for index in cancelled([assemblers[chunk.request_id].feed(chunk)]):
+                engine.cancel(chunk.request_id, index)
+        engine.scheduler.check_invariants()
+    found.outputs |= {id_: assembler.output() for id_, assembler in assemblers.items()}
 
 
 def record_plans(engine: Engine) -> list[StepPlan]:

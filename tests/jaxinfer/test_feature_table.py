@@ -35,7 +35,7 @@ from features import (
     WORKS,
     Cell,
     cells_of,
-    read_cells,
+    read_readme,
     wanted_pairs,
 )
 from hypothesis import given, settings
@@ -45,7 +45,7 @@ from reference_sampler import VOCAB
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.types import Request, TokenRules
 
-CELLS = read_cells()
+CELLS = cells_of(read_readme())
 PAIRS = [cell for cell in CELLS if cell.row in REQUEST]
 RUNNING = [cell for cell in PAIRS if cell.says in (WORKS, NOTHING)]
 TRIES, FEW = 24, 6
