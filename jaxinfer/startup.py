@@ -123,6 +123,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
                     max_kv_tokens=config.num_pages * config.page_size)
     intake = Intake(tokenizer, limits, defaults, chat_template=template,
                     seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
+    if config.grammars:
+        intake.start_grammars()
     info = ModelInfo(
         name=options.model, family=loaded.config.family, vocab_size=model.vocab_size, max_model_len=max_model_len,
         dtype=jnp.dtype(dtype).name, num_parameters=num_parameters,

@@ -94,8 +94,8 @@ def text_of(one: Request, found: Run) -> list[int]:
 
 
 def mix(llm: LLM, constrained: bool) -> list[Request]:
-    """Two long outputs and between them a short one, whose prompt begins like the first. Where output is constrained the
-    long ones are, so that each step asks a grammar; then the short one has a seed.
+    """Two long outputs and between them a short one, whose prompt begins like the first. Where output is constrained
+    the long ones are, so that each step asks a grammar; then the short one has a seed.
     """
     rng = random.Random(3)
     first, second = rng.choices(range(EOS), k=20), rng.choices(range(EOS), k=20)
