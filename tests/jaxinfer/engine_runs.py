@@ -35,6 +35,8 @@ STARTS: tuple[tuple[str, ...], ...] = (
     ("prompt lookup", "fp8 pages", "int8 weights", "tensor parallel", "constrained output"),
 )  # fmt: skip
 """What each engine has beside EVERYWHERE; together every pair that works."""
+SHARE = 0.05
+"""Of the target's layer: it changes every other token, and about every third proposal is right."""
 LONG, SHORT = 24, 8
 """Tokens of outputs."""
 PAIRED = f"([{FIRST}][{SECOND}]){{{LONG // 2}}}"
@@ -61,8 +63,9 @@ class Folders:
 
     @classmethod
     def written(cls, folder: Path) -> "Folders":
-        target = write_model(folder / "target", 0.3, letter_tokenizer_json())
-        return cls(target, {"draft": write_model(folder / "draft", 0.2), "heads": write_heads(folder / "heads")})
+        target = write_model(folder / "target", SHARE, letter_tokenizer_json())
+        draft, heads = write_model(folder / "draft", 0.4 * SHARE), write_heads(folder / "heads")
+        return cls(target, {"draft": draft, "heads": heads})
 
     @contextmanager
     def started(self, *features: str) -> Iterator[LLM]:
@@ -71,7 +74,8 @@ class Folders:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(startup, "warm_up", lambda executor, show: warm_up_lazily(executor) or 0)
             patch.setattr(startup, "measured_drafts", lambda *_: None)
-            patch.setattr(draft_client, "DraftClient", lambda address, num_wanted: Follower(following()))
+            proposed = following("constrained output" in features)
+            patch.setattr(draft_client, "DraftClient", lambda address, num_wanted: Follower(proposed))
             with LLM(self.target, **SMALL | options) as llm:
                 yield llm
 
@@ -102,14 +106,15 @@ def mix(llm: LLM, constrained: bool) -> list[Request]:
     shape = StructuredOutput(regex=PAIRED) if constrained else None
     long = SamplingParams(temperature=0.0, max_tokens=LONG, structured_outputs=shape, ignore_eos=not constrained)
     short = SamplingParams(temperature=0.9 if constrained else 0.0, seed=5, max_tokens=SHORT, ignore_eos=True)
-    given = [(first, long), (first[:16] + second[:4], short), (second, long)]
+    given = [(first, long), (first[:16] + second[:4], short), (second, long), (first[:7], long)]
     return [llm.core.intake.request(prompt, params, request_id=str(index))
             for index, (prompt, params) in enumerate(given)]
 
 
 def run_mix(engine: Engine, llm: LLM, requests: list[Request]) -> Run:
     found = Run({}, record_plans(engine), defaultdict(list), engine)
-    run_batch(found, llm.core.tokenizer, requests)
+    for batch in (requests[:3], requests[3:]):
+        run_batch(found, llm.core.tokenizer, batch)
     return found
 
 

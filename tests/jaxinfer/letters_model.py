@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_model
-from features import EOS
+from features import EOS, FIRST, LETTERS
 from safetensors.numpy import save_file
 
 from checkpoints import heads
@@ -27,10 +27,14 @@ def weights(share: float) -> dict[str, np.ndarray]:
             for name, tensor in found.items()}  # fmt: skip
 
 
-def following() -> list[int]:
-    """The likeliest id behind each, as a model without its layer has it."""
+def following(paired: bool) -> list[int]:
+    """The likeliest id behind each, as a model without its layer has it. paired: of FIRST and of SECOND by turns."""
     found = weights(0.0)
-    return (found["model.embed_tokens.weight"] @ found["lm_head.weight"].T).argmax(1).tolist()
+    logits = found["model.embed_tokens.weight"] @ found["lm_head.weight"].T
+    if paired:
+        is_first = np.array([*(letter in FIRST for letter in LETTERS), False])
+        logits[is_first[:, None] == is_first] = -np.inf
+    return logits.argmax(1).tolist()
 
 
 def write_model(folder: Path, share: float, tokenizer: str | None = None) -> str:

@@ -91,10 +91,9 @@ def is_seen(name: str, answers: Answers) -> bool:
         "preemption": metrics.preemptions > 0,
         "chunked prefill": sum(map(is_inner_chunk, answers.found.plans)) > 3,
         "constrained output": any(plan.constrained for plan in answers.found.plans),
-        "remote drafter": engine.metrics().get("remote_proposals", {}).get("entered", 0) > 0,
         "tensor parallel": answers.num_devices == 2,
     }
-    return metrics.draft_tokens > 0 if name in DRAFTERS else shown.get(name, True)
+    return metrics.draft_tokens > metrics.accepted_tokens > 0 if name in DRAFTERS else shown.get(name, True)
 
 
 def is_inner_chunk(plan: StepPlan) -> bool:
