@@ -9,14 +9,13 @@ killed and replaced.
 
 import json
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from typing import IO, Any
 
-from jaxinfer.child_process import ChildProcess, limit_memory, send
+from jaxinfer.child_process import NotReady, Worker, limit_memory, send
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError
 from jaxinfer.validation import check_text, shown
 
@@ -51,16 +50,17 @@ class ChatTemplate:
                  options: Mapping[str, Any] | None = None, bounds: Bounds = Bounds()):
         if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
             raise ModelFormatError(f"the chat template is over {MAX_SOURCE_BYTES} bytes")
-        self._setup = {"source": source, "bounds": asdict(bounds),
-                       "variables": {**(special_tokens or {}), **(options or {})}}
+        setup = {"source": source, "bounds": asdict(bounds),
+                 "variables": {**(special_tokens or {}), **(options or {})}}
         self._bounds = bounds
-        self._lock = threading.Lock()
-        self._child: ChildProcess | None = None
+        self._worker = Worker("jaxinfer.chat_template:serve_renders", lambda: setup)
 
     def start(self) -> None:
         """Starts the child and compiles the template. Raises ModelFormatError if it does not compile."""
-        with self._lock:
-            self._running()
+        try:
+            self._worker.start()
+        except NotReady as error:
+            raise _not_ready(error) from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation.
@@ -69,10 +69,10 @@ class ChatTemplate:
         ModelFormatError when the template does not compile or leaves the sandbox.
         """
         job = {"messages": checked_messages(messages), "add_generation_prompt": bool(add_generation_prompt)}
-        with self._lock:
-            reply = self._running().ask(job, self._bounds.seconds)
-            if reply is None:
-                self._stop()
+        try:
+            reply = self._worker.ask(job, self._bounds.seconds)
+        except NotReady as error:
+            raise _not_ready(error) from None
         if reply is None:
             raise InvalidRequest("messages", f"the chat template broke its limits ({self._bounds.seconds:g} s, "
                                  f"{self._bounds.memory_bytes} bytes of memory); send fewer or shorter messages")
@@ -80,25 +80,7 @@ class ChatTemplate:
 
     def close(self) -> None:
         """Ends the child. A later render starts a new one."""
-        with self._lock:
-            self._stop()
-
-    def _running(self) -> ChildProcess:
-        if self._child is not None and not self._child.alive:
-            self._stop()
-        if self._child is None:
-            child = ChildProcess("jaxinfer.chat_template:serve_renders")
-            reply = child.set_up(self._setup)
-            if reply is None or "ready" not in reply:
-                child.kill()
-                _text_of(reply or {"kind": "format", "problem": "broke its limits while compiling"})
-            self._child = child
-        return self._child
-
-    def _stop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        self._worker.close()
 
 
 def checked_messages(messages: Any) -> list[dict[str, str]]:
@@ -148,15 +130,23 @@ def _content(field: str, content: Any) -> str:
 
 
 def _text_of(reply: Mapping[str, Any]) -> str:
-    """The text of a reply, or the error that it stands for."""
+    """The text of a reply. Raises what it stands for instead."""
     if "text" in reply:
         return reply["text"]
+    raise _error_of(reply)
+
+
+def _not_ready(error: NotReady) -> JaxInferError:
+    return _error_of(error.reply or {"kind": "format", "problem": "broke its limits while compiling"})
+
+
+def _error_of(reply: Mapping[str, Any]) -> JaxInferError:
     kinds: dict[str, Callable[[str], JaxInferError]] = {
         "refused": lambda problem: InvalidRequest("messages", f"the chat template refuses them: {problem}"),
         "failed": lambda problem: InvalidRequest("messages", f"the chat template failed on them: {problem}"),
         "format": lambda problem: ModelFormatError(f"the chat template {problem}"),
     }
-    raise kinds[reply["kind"]](reply["problem"])
+    return kinds[reply["kind"]](reply["problem"])
 
 
 # --- Everything below runs in the child. ---

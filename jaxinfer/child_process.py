@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class ChildProcess:
         if stdin is None or stdout is None:
             return None
         # Ending the child is what ends the blocking calls below, so nothing else needs a time limit.
-        timer = threading.Timer(seconds, self._condemn)
+        timer = threading.Timer(seconds, self.condemn)
         timer.daemon = True
         timer.start()
         try:
@@ -58,14 +58,15 @@ class ChildProcess:
             line = b""
         except BaseException:
             # Ctrl-C here must not leave a reply in the pipe: the next job would read it as its own.
-            self._condemn()
+            self.condemn()
             raise
         finally:
             timer.cancel()
             timer.join()
         return json.loads(line) if line.endswith(b"\n") else None
 
-    def _condemn(self) -> None:
+    def condemn(self) -> None:
+        """Ends the process while another thread may be waiting for its reply, which is None then."""
         self._condemned = True  # poll() sees the end only a moment after kill()
         self._process.kill()
 
@@ -79,6 +80,73 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         except OSError:
             continue  # unwritten bytes of a dead child
     process.wait()
+
+
+class NotReady(Exception):
+    """A child could not set itself up. reply: what it said instead, None where it died or hung."""
+
+    def __init__(self, reply: Mapping[str, Any] | None):
+        self.reply = reply
+        super().__init__(f"the child replied {reply}")
+
+
+class Worker:
+    """Children that do one job after the other; each is started when it is needed and the one before is gone.
+    Thread-safe: jobs take turns.
+
+    serve: of ChildProcess; its reply to the setup has the key "ready". setup: makes the setup of each child.
+    """
+
+    def __init__(self, serve: str, setup: Callable[[], Mapping[str, Any]]):
+        self._serve = serve
+        self._setup = setup
+        self._lock = threading.Lock()
+        self._child: ChildProcess | None = None
+        self._starting: ChildProcess | None = None
+
+    def start(self) -> None:
+        """Starts the child that the first job would wait for. Raises NotReady."""
+        with self._lock:
+            self._running()
+
+    def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The reply, or None where the child died or took longer than `seconds`. Raises NotReady."""
+        with self._lock:
+            reply = self._running().ask(job, seconds)
+            if reply is None:
+                self._stop()
+            return reply
+
+    def close(self) -> None:
+        """Ends the child: at once while it starts, else behind its job. A later job starts a new one."""
+        starting = self._starting
+        if starting is not None:
+            starting.condemn()
+        with self._lock:
+            self._stop()
+
+    def _running(self) -> ChildProcess:
+        if self._child is not None and not self._child.alive:
+            self._stop()
+        if self._child is None:
+            self._child = self._started()
+        return self._child
+
+    def _started(self) -> ChildProcess:
+        child = self._starting = ChildProcess(self._serve)
+        try:
+            reply = child.set_up(self._setup())
+        finally:
+            self._starting = None
+        if reply is None or "ready" not in reply:
+            child.kill()
+            raise NotReady(reply)
+        return child
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
 
 
 # --- What runs in the child. ---

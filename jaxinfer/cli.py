@@ -36,7 +36,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.model is None and args.words:
         args.model, *args.words = args.words
     prompts = args.words or [read_prompt()]
-    chosen = checked_sampling(args)
+    chosen = checked_for_model(args)
     with make_llm_aside(args) as llm:
         params = replace(llm.get_default_sampling_params(), **chosen)
         if args.json:
@@ -48,6 +48,16 @@ def generate(args: argparse.Namespace) -> int:
             for output in llm.generate(prompts, params):
                 print(f"--- {output.prompt}\n{output.outputs[0].text}")
     return 0
+
+
+def checked_for_model(args: argparse.Namespace) -> dict[str, Any]:
+    """`checked_sampling`; and what the output must look like is compiled, which takes no engine."""
+    chosen = checked_sampling(args)
+    if "structured_outputs" in chosen:
+        from jaxinfer.shape_check import check_shape
+
+        check_shape(chosen["structured_outputs"], model_of(args), args.tokenizer)
+    return chosen
 
 
 def read_prompt() -> str:
@@ -73,7 +83,7 @@ def as_json(output: Any) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> int:
-    chosen = checked_sampling(args)
+    chosen = checked_for_model(args)
     with make_llm_aside(args) as llm:
         params = replace(llm.get_default_sampling_params(), **chosen)
         system = [{"role": "system", "content": args.system}] if args.system else []

@@ -105,7 +105,7 @@ class Grammars:
         self._eos_ids = tuple(eos_ids)
         self._bounds = bounds
         self._lock = threading.Lock()
-        self._building = threading.Lock()
+        self._building = threading.RLock()
         self._kept: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
         self._num_waiting = 0
         self._closed = False
@@ -120,8 +120,16 @@ class Grammars:
         """
         _ = self._tokenizer
         check = self._taken_check()
-        check.start()
-        self._give_back(check)
+        try:
+            check.start()
+        finally:
+            self._give_back(check)
+
+    def start_soon(self) -> None:
+        """`start` without waiting for it. What it would raise is raised by the first grammar."""
+        with self._lock:
+            if not self._closed:
+                self._workers().submit(self.start)
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
         """Waits for the compiled grammar: milliseconds, at most `Bounds.seconds` for the check and its like for the
@@ -155,10 +163,8 @@ class Grammars:
             if self._num_waiting >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} grammars are waiting to be compiled, which is the limit; "
                                  "try again later")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(NUM_WORKERS, "jaxinfer-grammar")
             self._num_waiting += 1
-            future = self._kept[wanted] = self._pool.submit(self._compiled, wanted)
+            future = self._kept[wanted] = self._workers().submit(self._compiled, wanted)
             self._evict()
         future.add_done_callback(lambda _: self._finish(wanted))
         return future
@@ -175,8 +181,18 @@ class Grammars:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    @cached_property
+    def _workers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(NUM_WORKERS, "jaxinfer-grammar")
+        return self._pool
+
+    @property
     def _vocabulary(self) -> Vocabulary:
+        with self._building:
+            return self._read
+
+    @cached_property
+    def _read(self) -> Vocabulary:
         return Vocabulary.of(self._source, self._vocab_size, self._eos_ids)
 
     @property
@@ -223,6 +239,8 @@ class Grammars:
 
     def _taken_check(self) -> GrammarCheck:
         with self._lock:
+            if self._closed:
+                raise EngineClosed(CLOSED)
             if self._free:
                 return self._free.pop()
             check = GrammarCheck(self._vocabulary.table, self._eos_ids, self._bounds)
@@ -231,7 +249,10 @@ class Grammars:
 
     def _give_back(self, check: GrammarCheck) -> None:
         with self._lock:
-            self._free.append(check)
+            if not self._closed:
+                self._free.append(check)
+                return
+        check.close()  # it may have started its child behind `close`
 
 
 def _is_good(future: "Future[CompiledGrammar]") -> bool:

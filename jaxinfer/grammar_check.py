@@ -9,11 +9,12 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import IO, Any
 
-from jaxinfer.child_process import ChildProcess, limit_memory, send
+from jaxinfer.child_process import NotReady, Worker, limit_memory, send
 from jaxinfer.llguidance_binding import TokenTable, make_matcher, make_tokenizer, problem_of
 
 
@@ -41,24 +42,19 @@ class GrammarCheck:
     """Checks one grammar after the other. Thread-safe; the child starts with the first check."""
 
     def __init__(self, table: TokenTable, eos_ids: Sequence[int], bounds: Bounds = DEFAULT_BOUNDS):
-        self._table = table
-        self._eos_ids = list(eos_ids)
         self._bounds = bounds
-        self._lock = threading.Lock()
-        self._child: ChildProcess | None = None
+        self._worker = Worker("jaxinfer.grammar_check:serve_checks", partial(_setup, table, eos_ids, bounds))
 
     def start(self) -> None:
-        """Starts the child, which reads the token table: about half a second."""
-        with self._lock:
-            self._running()
+        """Starts the child, which reads the token table: about half a second. A failure is the next check's."""
+        with suppress(NotReady):
+            self._worker.start()
 
     def check(self, text: str) -> Verdict:
         """Whether the grammar compiles within the bounds and some token may begin the output."""
-        with self._lock:
-            child = self._running()
-            reply = None if child is None else child.ask({"grammar": text}, self._bounds.seconds)
-            if reply is None:
-                self._stop()
+        reply = None
+        with suppress(NotReady):
+            reply = self._worker.ask({"grammar": text}, self._bounds.seconds)
         if reply is None:
             return Verdict(f"compiling it broke the limits ({self._bounds.seconds:g} s, {self._bounds.stack_bytes} "
                            f"bytes of stack, {self._bounds.memory_bytes} bytes of memory)", is_certain=False)
@@ -66,28 +62,13 @@ class GrammarCheck:
 
     def close(self) -> None:
         """Ends the child. A later check starts a new one."""
-        with self._lock:
-            self._stop()
+        self._worker.close()
 
-    def _running(self) -> ChildProcess | None:
-        if self._child is not None and not self._child.alive:
-            self._stop()
-        if self._child is None:
-            child = ChildProcess("jaxinfer.grammar_check:serve_checks")
-            # Latin-1 is a character a byte, so JSON can carry the tokens.
-            tokens = [token.decode("latin-1") for token in self._table.tokens]
-            reply = child.set_up({"tokens": tokens, "special": list(self._table.special_token_ids),
-                                  "eos": self._eos_ids, "bounds": asdict(self._bounds)})
-            if reply is None:
-                child.kill()
-                return None
-            self._child = child
-        return self._child
 
-    def _stop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+def _setup(table: TokenTable, eos_ids: Sequence[int], bounds: Bounds) -> dict[str, Any]:
+    # Latin-1 is a character a byte, so JSON can carry the tokens.
+    return {"tokens": [token.decode("latin-1") for token in table.tokens], "special": list(table.special_token_ids),
+            "eos": list(eos_ids), "bounds": asdict(bounds)}
 
 
 def first_problem(matcher: Any) -> str:

@@ -126,6 +126,10 @@ class Intake:
             grammar=params.structured_outputs and self._grammars.compile(params.structured_outputs),
         )
 
+    def start_grammars(self) -> None:
+        """Begins now, and without waiting, what the first grammar would wait for."""
+        self._grammars.start_soon()
+
     def close(self) -> None:
         """Ends the workers that render chats and compile grammars."""
         self._grammars.close()

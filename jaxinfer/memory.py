@@ -113,11 +113,14 @@ def weight_bytes(params: object) -> int:
     return max(totals.values(), default=0)
 
 
-def measure_temporaries(compile_largest: Callable[[], list[jax.stages.Compiled]]) -> int:
-    """Bytes of temporaries and outputs of the largest programs, from the compiler's own analysis."""
+def measure_temporaries(compile_largest: Callable[[], list[tuple[jax.stages.Compiled, int]]]) -> int:
+    """Bytes of temporaries and outputs of the largest programs, from the compiler's own analysis; and with each, bytes
+    that another program has handed it, which lie beside them.
+    """
     most = 0
-    for compiled in compile_largest():
+    for compiled, handed in compile_largest():
         analysis = compiled.memory_analysis()
         if analysis is not None:
-            most = max(most, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+            own = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+            most = max(most, own + handed)
     return most

@@ -25,7 +25,9 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Program:
-    """One unit to compile: a name to show, the function, the shapes of its arguments."""
+    """One unit to compile: a name to show, the function, the shapes of its arguments. handed: bytes among them that
+    another program made and that are neither weights nor state, where they matter.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -33,6 +35,7 @@ class Program:
     donate: tuple[int, ...] = ()
     out_shardings: Any = None
     compiler_options: dict[str, Any] | None = None
+    handed: int = 0
 
     def lower(self) -> jax.stages.Lowered:
         jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings,
@@ -79,12 +82,13 @@ def declare(signature: Signature) -> dict[Key, Program]:
 
 
 def largest(declared: Mapping[Key, Program]) -> list[Key]:
-    """Those with the most temporaries: the largest prefill, the largest decode with the full sampler, and what samples,
-    scores and gives logits behind prefill.
+    """Those with the most temporaries: the largest prefill, the largest decode with the full sampler, what samples,
+    scores and gives logits behind prefill, and what verifies proposals under masks.
     """
     prefill = next(key for key in declared if key[0] == "prefill")
     decode = next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL)
-    return [prefill, decode, SAMPLE, SCORE, LOGITS]
+    verify = [key for key in declared if key[0] == "verify"]
+    return [prefill, decode, SAMPLE, SCORE, LOGITS, *verify[:1]]
 
 
 def compiler_options(signature: Signature) -> dict[str, Any] | None:
@@ -161,7 +165,8 @@ def _with_grammars(signature: Signature) -> Iterator[tuple[Key, Program]]:
         yield verify_key(layout), Program(
             f"verify {layout.num_rows} rows by grammars", partial(speculative_step.verify_step, pair, layout),
             (signature.params, signature.state, inputs, drafted, masks), donate=(1,),
-            out_shardings=(placed, everywhere))
+            out_shardings=(placed, everywhere),
+            handed=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drafted)))
 
 
 def placed_struct(sharding: Any, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -106,11 +106,11 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     with compile_cache.open_cache(options.compile_cache) as cache:
         params = implementations.with_matmul(with_kv_scales(model, loaded, tokenizer, say), options.int8_matmul)
         served, params = with_drafter(options, model, params, max_model_len, say)
-        plan = plan_memory(options, served, params, max_model_len)
+        grammars = grammar.are_possible(tokenizer)
+        plan = plan_memory(options, served, params, max_model_len, grammars)
         say(f"memory on each device:\n{plan.table()}")
         least = smallest_steps(device_of(mesh), WEIGHT_FORMATS[loaded.quantization])
-        config = replace(engine_config(options, max_model_len, plan.num_pages, least),
-                         grammars=grammar.are_possible(tokenizer))
+        config = replace(engine_config(options, max_model_len, plan.num_pages, least), grammars=grammars)
         executor = Executor(served, params, config, sharding.replicated(mesh))
         num_programs = warm_up(executor, options.show_progress)
     compiled_at = time.monotonic()
@@ -123,6 +123,8 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
                     max_kv_tokens=config.num_pages * config.page_size)
     intake = Intake(tokenizer, limits, defaults, chat_template=template,
                     seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
+    if config.grammars:
+        intake.start_grammars()
     info = ModelInfo(
         name=options.model, family=loaded.config.family, vocab_size=model.vocab_size, max_model_len=max_model_len,
         dtype=jnp.dtype(dtype).name, num_parameters=num_parameters,
@@ -230,20 +232,22 @@ def engine_config(options: Options, max_model_len: int, num_pages: int, least: S
         enable_prefix_caching=options.enable_prefix_caching, max_waiting=options.max_waiting, seed=options.seed)
 
 
-def plan_memory(options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int) -> memory.MemoryPlan:
+def plan_memory(options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int, grammars: bool
+                ) -> memory.MemoryPlan:  # fmt: skip
     """How the memory of the devices that hold `params` is used."""
-    device = jax.tree.leaves(params)[0].devices().pop()
+    device = next(iter(jax.tree.leaves(params)[0].devices()))  # the set is the sharding's own: left whole
     budget = memory.memory_budget(device, options.gpu_memory_utilization, memory.weight_bytes(params))
-    return plan_within(budget, options, model, params, max_model_len, on_cpu=device.platform == "cpu")
+    return plan_within(budget, options, model, params, max_model_len, on_cpu=device.platform == "cpu",
+                       grammars=grammars)
 
 
 def plan_within(budget: int, options: Options, model: Decoder | DraftPair, params: Any, max_model_len: int, *,
-                on_cpu: bool) -> memory.MemoryPlan:
+                on_cpu: bool, grammars: bool = False) -> memory.MemoryPlan:
     """Weights are counted, temporaries measured from programs compiled with few pages, pages get the rest.
 
     On a CPU temporaries are not measured: there the budget is a small share of the memory.
 
-    budget: bytes on each device. params: arrays, or shapes with their shardings.
+    budget: bytes on each device. params: arrays, or shapes with their shardings. grammars: whether rows may have one.
     """
     full_row = -(-max_model_len // options.page_size)
     needed = max(options.max_num_seqs, full_row)
@@ -257,14 +261,15 @@ def plan_within(budget: int, options: Options, model: Decoder | DraftPair, param
     without_temporaries = plan(temporaries=None)  # what cannot fit is refused before anything is compiled
     if on_cpu:
         return without_temporaries
-    return plan(temporaries=memory.measure_temporaries(
-        lambda: compile_largest(model, params, engine_config(options, max_model_len, needed, SmallestSteps()))))
+    config = replace(engine_config(options, max_model_len, needed, SmallestSteps()), grammars=grammars)
+    return plan(temporaries=memory.measure_temporaries(lambda: compile_largest(model, params, config)))
 
 
-def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfig) -> list[jax.stages.Compiled]:
-    """The programs with the most temporaries."""
+def compile_largest(model: Decoder | DraftPair, params: Any, config: EngineConfig
+                    ) -> list[tuple[jax.stages.Compiled, int]]:  # fmt: skip
+    """The programs with the most temporaries, and what each is handed (`programs.Program`)."""
     declared = programs.declare(abstract_signature(model, params, config))
-    return [declared[key].compile() for key in programs.largest(declared)]
+    return [(declared[key].compile(), declared[key].handed) for key in programs.largest(declared)]
 
 
 def row_struct(model: Decoder | DraftPair, max_num_seqs: int, max_pages_per_row: int) -> Any:

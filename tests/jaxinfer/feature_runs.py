@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from counting import small_config
 from features import EOS, FIRST, LETTERS, SECOND, params_of
-from reference_sampler import TableModel, answer, by_table, candidates, is_over
+from lazy_programs import warm_up_lazily
+from reference_sampler import VOCAB, TableModel, answer, by_table, candidates, is_over, table
+from remote_drafting import Follower
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -22,9 +25,12 @@ from jaxinfer.drafter import Drafter
 from jaxinfer.engine import Engine
 from jaxinfer.executor import Executor
 from jaxinfer.intake import GenerationDefaults, Intake
+from jaxinfer.medusa_drafter import MedusaDrafter
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.page_pool import PagePool
 from jaxinfer.prompt_lookup import PromptLookup
+from jaxinfer.remote_drafts import RemoteDrafts, num_ahead
+from jaxinfer.remote_proposals import RemoteProposals
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, RequestStats, SamplingParams, StepPlan
@@ -33,15 +39,30 @@ from jaxinfer.validation import Limits, stop_strings
 CONFIG = small_config(max_num_seqs=8, num_pages=190, row_buckets=(8,), max_decode_rounds=3, grammars=True)
 DRAFTED = 3
 DRAFTERS = ("none", "draft model", "prompt lookup")
+"""With which every pair runs."""
+MORE_DRAFTERS = ("Medusa", "remote drafter")
+"""With which every feature runs alone."""
 
 
-def letter_tokenizer() -> Tokenizer:
-    """An id a letter, the last one is end-of-sequence."""
+@dataclass(frozen=True)
+class TableHeads:
+    """Heads of the table model: a state is the token whose row of the table gives the logits; sometimes another."""
+
+    def advance(self, params: Any, index: int, state: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.where(tokens % 3 == 0, (tokens + 1) % VOCAB, tokens)[:, None].astype(jnp.float32)
+
+
+def letter_tokenizer_json() -> str:
+    """tokenizer.json: an id a letter, the last one is end-of-sequence."""
     backend = Backend(models.BPE(vocab={letter: id_ for id_, letter in enumerate(LETTERS)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer.from_json(backend.to_str(), {"eos_token": "<eos>"})
+    return backend.to_str()
+
+
+def letter_tokenizer() -> Tokenizer:
+    return Tokenizer.from_json(letter_tokenizer_json(), {"eos_token": "<eos>"})
 
 
 def new_intake() -> Intake:
@@ -49,19 +70,36 @@ def new_intake() -> Intake:
     return Intake(letter_tokenizer(), limits, GenerationDefaults(SamplingParams(), (EOS,)), seeds=random.Random(0))
 
 
+def new_drafter(name: str) -> Drafter:
+    rows = CONFIG.max_num_seqs
+    if name == "draft model":
+        return DraftModel(TableModel(every=3), DRAFTED)
+    if name == "prompt lookup":
+        return PromptLookup(DRAFTED, rows, CONFIG.max_model_len)
+    if name == "Medusa":
+        return MedusaDrafter(TableModel(), TableHeads(), DRAFTED, rows, 1, jnp.float32)
+    return RemoteProposals(DRAFTED, num_ahead(DRAFTED), rows)
+
+
 def new_executor(drafter: str) -> Executor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = jax.device_put(np.float32(0), place)
     model, config = TableModel(), CONFIG
     if drafter != "none":
-        proposing: Drafter = DraftModel(TableModel(every=3), DRAFTED)
-        if drafter == "prompt lookup":
-            proposing = PromptLookup(DRAFTED, config.max_num_seqs, config.max_model_len)
-        model, config = DraftPair(model, proposing), dataclasses.replace(config, num_speculative_tokens=DRAFTED)
+        model = DraftPair(model, new_drafter(drafter))
+        config = dataclasses.replace(config, num_speculative_tokens=DRAFTED)
         params = Pair(params, params if drafter == "draft model" else ())
     made = Executor(model, params, config, place)
-    made.warm_up(workers=2, progress=lambda name: None)
+    warm_up_lazily(made)
     return made
+
+
+def new_remote(executor: Executor) -> RemoteDrafts | None:
+    """The source of proposals, where they come from outside."""
+    drafter = getattr(executor.signature.model, "drafter", None)
+    if not isinstance(drafter, RemoteProposals):
+        return None
+    return RemoteDrafts(Follower(table(0).argmax(1).tolist()), VOCAB, drafter.num_kept)
 
 
 @dataclass
@@ -78,23 +116,28 @@ def run(executor: Executor, tokenizer: Tokenizer | None, batches: Iterable[list[
     """The batches one after the other through one engine. num_pages: how many of the pool's pages there are."""
     executor.reset()
     config = dataclasses.replace(executor.config, num_pages=num_pages)
-    engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)))
+    engine = Engine(executor, Scheduler(config, PagePool(num_pages, config.page_size)), remote=new_remote(executor))
     found = Run({}, record_plans(engine), defaultdict(list), engine)
     for batch in batches:
-        assemblers = {one.id: Assembler(one, tokenizer) for one in batch}
-        for one in batch:
-            engine.add(one)
-        while engine.has_work:
-            for chunk in engine.step():
-                if chunk.stats is not None:
-                    found.stats[chunk.request_id].append(chunk.stats)
-                for index in cancelled([assemblers[chunk.request_id].feed(chunk)]):
-                    engine.cancel(chunk.request_id, index)
-            engine.scheduler.check_invariants()
-        found.outputs |= {id_: assembler.output() for id_, assembler in assemblers.items()}
+        run_batch(found, tokenizer, batch)
     assert engine.scheduler.pool.num_held == 0
     assert engine.scheduler.metrics.failed_steps == 0
     return found
+
+
+def run_batch(found: Run, tokenizer: Tokenizer | None, batch: list[Request]) -> None:
+    """What the engine answers to requests that come at once, into `found`."""
+    engine, assemblers = found.engine, {one.id: Assembler(one, tokenizer) for one in batch}
+    for one in batch:
+        engine.add(one)
+    while engine.has_work:
+        for chunk in engine.step():
+            if chunk.stats is not None:
+                found.stats[chunk.request_id].append(chunk.stats)
+            for index in cancelled([assemblers[chunk.request_id].feed(chunk)]):
+                engine.cancel(chunk.request_id, index)
+        engine.scheduler.check_invariants()
+    found.outputs |= {id_: assembler.output() for id_, assembler in assemblers.items()}
 
 
 def record_plans(engine: Engine) -> list[StepPlan]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,24 @@ REQUEST: dict[str, dict[str, Any]] = {
 }
 """By their names in the table: what a request sets."""
 
-ENGINE = ("draft model", "prompt lookup", "chunked prefill", "prefix cache", "preemption", "tensor parallel",
-          "int8 pages")  # fmt: skip
+ENGINE = ("draft model", "prompt lookup", "Medusa", "remote drafter", "chunked prefill", "prefix cache", "preemption",
+          "tensor parallel", "int8 pages")  # fmt: skip
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "draft model": {"draft_model": "draft"},
+    "prompt lookup": {"speculation": "ngram"},
+    "Medusa": {"speculation": "medusa", "draft_model": "heads"},
+    "remote drafter": {"draft_address": "localhost:1"},
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "int8 weights": {"quantization": "int8"},
+    "int8 pages": {"kv_cache_dtype": "int8"},
+    "fp8 pages": {"kv_cache_dtype": "fp8"},
+    "chunked prefill": {"max_num_batched_tokens": 8},
+    "prefix cache": {"enable_prefix_caching": True},
+    "preemption": {"num_pages": 9},
+    "constrained output": {},
+}
+"""By their names in the table of engine features: options of a start. Names of folders are of those in tests."""
 
 WORKS, NOTHING, REFUSED, EXCLUDED = "+", "o", "x", "/"
 """What a cell may say; the README explains each."""
@@ -78,13 +95,34 @@ def wanted_pairs() -> Iterator[tuple[str, str]]:
     yield from ((row, column) for row in ENGINE for column in names)
 
 
+def wanted_engine_pairs() -> Iterator[tuple[str, str]]:
+    """(row, column) of every cell of the second table, all below the diagonal."""
+    names = list(ENGINES)
+    for number, row in enumerate(names):
+        yield from ((row, column) for column in names[:number])
+
+
 def cells_of(text: str) -> list[Cell]:
-    """The cells of the table in a README. Raises ValueError where it is no table of the known features."""
+    """The cells of the first table in a README. Raises ValueError where it is no table of the known features."""
+    return cells_in(tables_of(text)[0], list(REQUEST))
+
+
+def engine_cells_of(text: str) -> list[Cell]:
+    """The cells of the second table: what an engine may have, against each other."""
+    return cells_in(tables_of(text)[1], list(ENGINES))
+
+
+def tables_of(text: str) -> list[list[str]]:
+    """Lines of each table in the section."""
     lines = text.partition("## What goes together")[2].partition("\n## ")[0].splitlines()
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [list(table) for is_table, table in groupby(lines, lambda line: line.startswith("|")) if is_table]
+
+
+def cells_in(lines: list[str], names: list[str]) -> list[Cell]:
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     header, _, *rows = rows
     numbers = {number: name for number, name, *_ in rows if number}
-    if list(numbers) != header[2:] or list(numbers.values()) != list(REQUEST):
+    if list(numbers) != header[2:] or list(numbers.values()) != names:
         raise ValueError(f"columns {header[2:]} do not number the rows {numbers}")
     found = []
     for _, row, *cells in rows:
@@ -92,5 +130,5 @@ def cells_of(text: str) -> list[Cell]:
     return found
 
 
-def read_cells() -> list[Cell]:
-    return cells_of((Path(__file__).resolve().parents[2] / "jaxinfer" / "README.md").read_text())
+def read_readme() -> str:
+    return (Path(__file__).resolve().parents[2] / "jaxinfer" / "README.md").read_text()

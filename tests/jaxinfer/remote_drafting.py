@@ -78,6 +78,20 @@ class Counting:
         self.closed = True
 
 
+class Follower(Counting):
+    """Proposes what follows each token by a table of ids."""
+
+    def __init__(self, following: Sequence[int]):
+        super().__init__()
+        self._following = following
+
+    def answer(self, name: int, row: list[int]) -> Proposal:
+        tokens = [row[-1]]
+        for _ in range(AHEAD):
+            tokens.append(self._following[tokens[-1]])
+        return Proposal(name, len(row), tuple(tokens[1:]))
+
+
 class Liar(Counting):
     """Says anything: right and wrong tokens, ids that no vocabulary has, places that no row has, rows of others."""
 

@@ -151,17 +151,17 @@ def test_a_broken_bound_spoils_no_other_render():
 
 def test_a_dead_child_is_replaced(chatml):
     chatml.render(USER)
-    child = chatml._child
+    child = chatml._worker._child
     child._process.kill()
     child._process.wait()
     assert chatml.render(USER).endswith("assistant\n")
-    assert chatml._child is not child
+    assert chatml._worker._child is not child
 
 
 def test_an_interrupted_render_leaves_no_reply_behind(chatml, monkeypatch):
     """Else the next request would read the text of the interrupted one."""
     chatml.render(USER)
-    stdout = chatml._child._process.stdout
+    stdout = chatml._worker._child._process.stdout
 
     class Interrupting:
         def readline(self):
@@ -170,7 +170,7 @@ def test_an_interrupted_render_leaves_no_reply_behind(chatml, monkeypatch):
         def close(self):
             stdout.close()
 
-    monkeypatch.setattr(chatml._child._process, "stdout", Interrupting())
+    monkeypatch.setattr(chatml._worker._child._process, "stdout", Interrupting())
     with pytest.raises(KeyboardInterrupt):
         chatml.render([{"role": "user", "content": "secret"}])
     assert "secret" not in chatml.render(USER)
@@ -179,7 +179,7 @@ def test_an_interrupted_render_leaves_no_reply_behind(chatml, monkeypatch):
 def test_children_end_with_their_template():
     template = ChatTemplate(CHATML)
     template.render(USER)
-    process = template._child._process
+    process = template._worker._child._process
     del template
     assert process.poll() is not None
     assert threading.active_count() < 10

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxinfer import cli, doctor, options, quick_bench
+from jaxinfer import cli, doctor, loading, options, quick_bench
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
@@ -272,7 +272,7 @@ def test_what_the_output_must_look_like(words, text, wanted, made, tmp_path):
     file = tmp_path / "file"
     file.write_text(text, encoding="utf-8")
     options = [str(file) if word == "FILE" else word for word in words]
-    assert cli.main(["generate", "m", "x", *options]) == 0
+    assert cli.main(["generate", "demo", "x", *options]) == 0
     ((_, params),) = made[0].calls
     assert params.structured_outputs == wanted
 
@@ -293,6 +293,25 @@ def test_what_no_model_could_take_is_refused_before_the_start(words, message, ma
     assert cli.main(["generate", "m", "x", *options]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not made
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(("words", "message"), [
+    (["--regex", "(a"], "structured_outputs.regex: cannot be compiled"),
+    (["--grammar", "FILE"], "structured_outputs.grammar: cannot be compiled"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_refused_before_the_start(command, words, message, made, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("start: [", encoding="utf-8")
+    options = [str(tmp_path / word) if word == "FILE" else word for word in words]
+    assert cli.main([command, "demo", *options, *(["x"] if command == "generate" else [])]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not made
+
+
+def test_a_model_without_a_tokenizer_takes_no_grammar(made, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((loading.model_folder("demo") / "config.json").read_text())
+    assert cli.main(["generate", str(tmp_path), "x", "--regex", "a"]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err and not made
 
 
 def test_generate_prints_several_prompts_after_each_other(made, capsys):

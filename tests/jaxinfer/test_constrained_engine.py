@@ -37,6 +37,8 @@ def llms():
             made.append(LLM("demo-draft", draft_model=draft_model, speculation=speculation, dtype="float32",
                             num_speculative_tokens=3, max_num_seqs=2, max_model_len=256, num_pages=16,
                             max_num_batched_tokens=64, quiet=True))  # fmt: skip
+        # What the first grammar needs is being made already.
+        assert made[-1].core.intake._grammars._pool is not None
         return made[-1]
 
     yield llm

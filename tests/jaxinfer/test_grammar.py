@@ -11,7 +11,6 @@ from grammar_walks import legal, walk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoints.demo
 from benchmarks.json_schemas import UNSUPPORTED, schemas
 from jaxinfer.errors import GrammarFailed, InvalidRequest, status_of
 from jaxinfer.grammar import Grammars
@@ -21,9 +20,9 @@ from jaxinfer.grammar_vocabulary import bits_of, ids_of
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import StructuredOutput, mask_width
 
-PADDED = 4096 + 37
+V = 4096 + 37
 """V of a model whose logits are wider than its tokenizer."""
-W = mask_width(PADDED)
+W = mask_width(V)
 RECORD = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer"}},
           "required": ["name", "age"], "additionalProperties": False}
 SUM = """
@@ -32,18 +31,6 @@ start: sum
 product: NUMBER | "(" sum ")"
 NUMBER: /[0-9]{1,3}/
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_folder(checkpoints.demo.path("target"))
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-    found = Grammars(tokenizer, PADDED, [tokenizer.eos_id])
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +196,11 @@ def test_rollback_also_from_where_nothing_may_follow(matcher, tokenizer):
 def test_an_illegal_token_fails_and_those_before_are_taken(matcher, tokenizer):
     one = matcher(regex="abc")
     a, b = ids(tokenizer, "a"), ids(tokenizer, "b")
-    for bad in (a, [PADDED - 1], [PADDED + 1], [10**9], [-1]):
+    for bad in (a, [V - 1], [V + 1], [10**9], [-1]):
         fresh = matcher(regex="abc")
         with pytest.raises(GrammarFailed, match="is not legal after 1 tokens") as caught:
             fresh.advance([*a, *bad])
-        assert fresh.num_tokens == 1 and allows(bits_of(legal(fresh), PADDED), b[0])
+        assert fresh.num_tokens == 1 and allows(bits_of(legal(fresh), V), b[0])
         assert status_of(caught.value)[:2] == ("INVALID_ARGUMENT", 400)
     one.advance(a)
 
@@ -232,8 +219,8 @@ def random_proposal(matcher, rng, tokenizer, size):
         id = rng.choice(legal(ahead)) if rng.random() < 0.8 else rng.randrange(tokenizer.vocab_size)
         id = tokenizer.eos_id if ahead.is_complete and rng.random() < 0.3 else id
         found.append(id)
-        if not allows(bits_of(legal(ahead), PADDED), id):
-            return found + [rng.randrange(PADDED) for _ in range(size - len(found))]
+        if not allows(bits_of(legal(ahead), V), id):
+            return found + [rng.randrange(V) for _ in range(size - len(found))]
         ahead.advance([id])
     return found
 

@@ -4,34 +4,22 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from grammar_walks import legal
 
-import checkpoints.demo
+from jaxinfer import child_process
 from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
 from jaxinfer.grammar import MAX_KEPT, MAX_WAITING, Grammars
 from jaxinfer.grammar_check import Bounds
 from jaxinfer.grammar_masks import MaskFiller
-from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import StructuredOutput, mask_width
 
 V = 4096
 BURSTING = "(((a|b){0,100}a){0,100}b){0,100}"
 """Compiles, and breaks the lexer's limit after some tens of tokens."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_folder(checkpoints.demo.path("target"))
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer):
-    found = Grammars(tokenizer, V, [tokenizer.eos_id])
-    yield found
-    found.close()
 
 
 def ids(tokenizer, text):
@@ -197,3 +185,66 @@ def test_without_llguidance_a_request_is_refused(tokenizer, monkeypatch):
 def test_nothing_imports_llguidance_before_a_grammar_comes(repository):
     program = "import sys, jaxinfer.grammar, jaxinfer.grammar_masks; sys.exit('llguidance' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=repository, check=False).returncode == 0
+
+
+# Started before it is needed.
+
+
+def processes(monkeypatch) -> list[subprocess.Popen]:
+    """Of the children that are started from now on."""
+    found = []
+
+    class Recorded(child_process.ChildProcess):
+        def __init__(self, serve):
+            super().__init__(serve)
+            found.append(self._process)
+
+    monkeypatch.setattr(child_process, "ChildProcess", Recorded)
+    return found
+
+
+def test_what_the_first_grammar_needs_is_made_before_it_comes(tokenizer, monkeypatch):
+    children, early = processes(monkeypatch), Grammars(tokenizer, V, [tokenizer.eos_id])
+    early.start_soon()
+    early._workers().shutdown()  # waits for what was begun
+    early._pool = None
+    (child,) = children
+    assert child.poll() is None
+    early.compile(StructuredOutput(regex="ab"))
+    assert children == [child]
+    early.close()
+    assert child.poll() is not None
+
+
+def test_a_start_that_is_under_way_ends_with_its_grammars(tokenizer, monkeypatch):
+    children, early = processes(monkeypatch), Grammars(tokenizer, V, [tokenizer.eos_id])
+    early.start_soon()
+    pool, _ = early._workers(), early._tokenizer
+    while not children:  # it is about to start one
+        time.sleep(0.001)
+    early.close()
+    pool.shutdown()
+    assert all(child.poll() is not None for child in children)
+
+
+def test_nothing_starts_behind_the_end(tokenizer, monkeypatch):
+    children, late = processes(monkeypatch), Grammars(tokenizer, V, [tokenizer.eos_id])
+    check = late._taken_check()
+    late.close()
+    late.start_soon()
+    check.start()  # of a worker that was faster
+    late._give_back(check)
+    (child,) = children
+    assert child.poll() is not None
+    with pytest.raises(EngineClosed):
+        late.start()
+
+
+def test_a_model_without_grammars_starts_all_the_same():
+    none = Grammars(None, V, [0])
+    none.start_soon()
+    pool = none._workers()
+    pool.shutdown()
+    none._pool = None
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        none.compile(StructuredOutput(regex="a"))

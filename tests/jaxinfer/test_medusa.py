@@ -15,6 +15,7 @@ import pytest
 from counting import VOCAB, new_engine, request, small_config
 from counting_mixes import arrivals, check_mix, ids_of, run
 from hypothesis import given, settings
+from lazy_programs import warm_up_lazily
 from safetensors.numpy import load_file, save_file
 from test_speculation import Fickle
 
@@ -27,7 +28,6 @@ from jaxinfer.errors import InvalidConfig, ModelFormatError
 from jaxinfer.executor import Executor
 from jaxinfer.medusa_drafter import MedusaDrafter
 from jaxinfer.models import make_decoder
-from jaxinfer.programs import declare
 from jaxinfer.start_options import Options
 from jaxinfer.testing import CountingModel
 from jaxinfer.types import SamplerForm
@@ -93,16 +93,6 @@ def heads_of(loaded, mesh=None, **options):
     return load_heads(chosen, target, loaded.params, lambda line: None)
 
 
-class Lazily(dict):
-    """Declared programs, compiled when they are called for the first time."""
-
-    def __init__(self, declared):
-        self._declared = declared
-
-    def __missing__(self, key):
-        return self.setdefault(key, self._declared[key].compile())
-
-
 def real_executor(loaded, heads: bool) -> Executor:
     config = EngineConfig(
         max_model_len=64, num_pages=20, page_size=16, max_num_seqs=4, max_num_batched_tokens=32, max_decode_rounds=4,
@@ -112,7 +102,7 @@ def real_executor(loaded, heads: bool) -> Executor:
         drafter, own = heads_of(loaded)
         model, params = DraftPair(model, drafter), Pair(params, own)
     executor = Executor(model, params, config, sharding.sharding(None, jax.sharding.PartitionSpec()))
-    executor._programs = Lazily(declare(executor.signature))
+    warm_up_lazily(executor)
     return executor
 
 

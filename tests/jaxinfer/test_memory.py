@@ -65,9 +65,10 @@ def test_temporaries_come_from_the_compiled_programs():
         return jnp.sort(x @ x.T, axis=0).sum(1)
 
     small, large = (jax.jit(wasteful).lower(jnp.zeros((size, 8))).compile() for size in (64, 512))
-    measured = memory.measure_temporaries(lambda: [small, large])
+    measured = memory.measure_temporaries(lambda: [(small, 0), (large, 0)])
     assert measured >= 512 * 512 * 4
-    assert memory.measure_temporaries(lambda: [small]) < measured
+    assert memory.measure_temporaries(lambda: [(small, 0)]) < measured
+    assert memory.measure_temporaries(lambda: [(small, 0), (large, 7)]) == measured + 7
 
 
 def test_weights_are_counted_on_the_fullest_device():

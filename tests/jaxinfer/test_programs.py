@@ -92,13 +92,35 @@ def test_draft_verify_accept_and_sample_are_one_program(kind, forms):
         assert not re.search(r"\b(infeed|outfeed|send|recv|host)\b|callback", text)
 
 
+WIDE = replace(CONFIG, vocab_size=20_000, num_layers=1, windows=(0,))
+"""With a vocabulary that matters."""
+
+
+def needed_by(declared) -> dict:
+    """Bytes of each program, with what it is handed."""
+    return {key: measure_temporaries(lambda program=program: [(program.compile(), program.handed)])
+            for key, program in declared.items()}
+
+
 def test_the_memory_plan_measures_the_programs_with_the_most_temporaries():
-    """With a vocabulary that matters: no program of the engine takes more than those that are measured."""
-    shape = replace(CONFIG, vocab_size=20_000, num_layers=1, windows=(0,))
-    model = make_decoder(shape, dtype=jnp.float32, page_size=16)
+    """No program of the engine takes more than those that are measured."""
+    model = make_decoder(WIDE, dtype=jnp.float32, page_size=16)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    declared = declare(Executor(model, init_params(shape, dtype=jnp.float32), ENGINE, place).signature)
-    needed = {key: measure_temporaries(lambda program=program: [program.compile()])
-              for key, program in declared.items()}
+    declared = declare(Executor(model, init_params(WIDE, dtype=jnp.float32), ENGINE, place).signature)
+    needed = needed_by(declared)
     assert max(needed.values()) == max(needed[key] for key in largest(declared))
     assert needed["decode", 8, SamplerForm.FULL] > needed["decode", 8, SamplerForm.GREEDY]
+
+
+def test_verification_under_masks_is_measured_with_the_proposals_that_it_is_handed():
+    """Those of a draft model come with logits f32[R, X, V]."""
+    model, params = make_decoder(WIDE, dtype=jnp.float32, page_size=16), init_params(WIDE, dtype=jnp.float32)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    config = replace(ENGINE, num_speculative_tokens=3, grammars=True)
+    pair = DraftPair(model, DraftModel(model, 3))
+    declared = declare(Executor(pair, Pair(params, params), config, place).signature)
+    halves = {key: program for key, program in declared.items() if key[0] in ("propose", "verify")}
+    assert set(halves) & set(largest(declared)) == {("verify", 8)}
+    needed, logits = needed_by(halves), 4 * 8 * 3 * WIDE.vocab_size
+    assert needed["verify", 8] > halves["verify", 8].handed >= logits
+    assert needed["verify", 8] > needed["propose", 8] >= logits
