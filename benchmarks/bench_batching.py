@@ -39,7 +39,7 @@ class Size:
 
 
 FULL = Size("demo", 256, 64, 1, 32, 5, 2048)
-QUICK = Size("demo-draft", 6, 2, 2, 2, 1, 64)  # equal engines compile once
+QUICK = Size("demo-draft", 6, 2, 2, 2, 1, 8)  # equal engines compile once
 
 
 def new_llm(size: Size, num_rows: int) -> LLM:

@@ -15,7 +15,9 @@ from contextlib import closing
 from benchmarks.report import Result, exit_code, report
 from jaxinfer import LLM, SamplingParams
 
-SETTINGS = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 512, "num_pages": 220, "quiet": True}
+FULL = {"model": "demo", "max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 512, "num_pages": 220}
+QUICK = {"model": "demo-draft", "dtype": "bfloat16", "max_num_seqs": 2, "max_num_batched_tokens": 8, "num_pages": 256}
+"""The programs of the smoke runs of `bench_batching` and `bench_prefix`."""
 BATCH = 24
 
 
@@ -23,10 +25,10 @@ def main() -> int:
     """Runs for --seconds and reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--quick", action="store_true", help="five seconds")
+    parser.add_argument("--quick", action="store_true", help="one second, a small model")
     options = parser.parse_args()
-    seconds = 5.0 if options.quick else options.seconds
-    with LLM("demo", **SETTINGS) as llm:
+    seconds = 1.0 if options.quick else options.seconds
+    with LLM(**(QUICK if options.quick else FULL), quiet=True) as llm:
         rounds, tokens = load(llm, seconds)
         metrics = llm.metrics()
         held = llm.core.engine.run(lambda engine: engine.scheduler.pool.num_held)

@@ -34,7 +34,7 @@ class Size:
     max_num_batched_tokens: int
 
 
-FULL, QUICK = Size("demo", SHARED, WHOLE, 6, 32, 5, 2048), Size("demo-draft", 100, 128, 1, 2, 1, 64)
+FULL, QUICK = Size("demo", SHARED, WHOLE, 6, 32, 5, 2048), Size("demo-draft", 100, 128, 1, 2, 1, 8)
 
 
 def new_llm(size: Size, cached: bool) -> LLM:

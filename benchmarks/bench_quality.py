@@ -23,9 +23,6 @@ from checkpoints.demo.train import bpe, corpus
 from checkpoints.demo.train.config import CONTEXT
 from jaxinfer import LLM, SamplingParams
 
-CHUNK = 128
-"""Tokens of a window that are prefilled at once."""
-
 WINDOWS_AT_ONCE = 2
 """A step holds one chunk."""
 
@@ -43,28 +40,44 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """context: tokens of a window, of which `chunk` are prefilled at once. Each `every`-th window is scored."""
+
+    model: str
+    context: int
+    chunk: int
+    every: int
+
+
+FULL = Size("demo", CONTEXT, 128, 4)
+QUICK = Size("demo-draft", 24, 8, 3000)
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
-    """Windows of at most CONTEXT + 1 ids: the first is given, the others are scored. num_bytes: of the scored text."""
+    """Windows of ids: the first of each is given, the others are scored. num_bytes: of the scored text."""
 
     windows: list[list[int]]
     num_bytes: int
 
 
-def held_out(every: int) -> Text:
-    """Each `every`-th window of the held-out modules; the end-of-text mark behind one is scored and has no byte."""
+def held_out(size: Size) -> Text:
+    """Windows of the held-out modules; the end-of-text mark behind a module is scored and has no byte."""
     tokenizer = Tokenizer.from_file(str(demo.path("target") / "tokenizer.json"))
     streams = [bpe.encode(tokenizer, [module]).tolist() for module in corpus.load().held_out]
     windows = [
-        stream[start : start + CONTEXT + 1] for stream in streams for start in range(0, len(stream) - 1, CONTEXT)
-    ][::every]
+        stream[start : start + size.context + 1]
+        for stream in streams
+        for start in range(0, len(stream) - 1, size.context)
+    ][:: size.every]
     return Text(windows, sum(len(tokenizer.decode(window[1:]).encode()) for window in windows))
 
 
-def bits_per_byte(options: dict[str, Any], text: Text) -> float:
-    """Of the demo's target, served with `options`."""
+def bits_per_byte(size: Size, options: dict[str, Any], text: Text) -> float:
+    """Of the model, served with `options`."""
     with LLM(
-        "demo", dtype="bfloat16", max_model_len=CONTEXT + 2, max_num_seqs=WINDOWS_AT_ONCE, quiet=True,
-        max_num_batched_tokens=CHUNK, enable_prefix_caching=False, **options,
+        size.model, dtype="bfloat16", max_model_len=size.context + 2, max_num_seqs=WINDOWS_AT_ONCE, quiet=True,
+        max_num_batched_tokens=size.chunk, enable_prefix_caching=False, **options,
     ) as llm:  # fmt: skip
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = llm.generate(text.windows, params, use_tqdm=False)
@@ -79,11 +92,11 @@ def scored(logprobs: Sequence[Any], window: list[int]) -> float:
 
 
 def main() -> int:
-    quick = is_quick(__doc__)
-    text = held_out(every=150 if quick else 4)
+    size = QUICK if is_quick(__doc__) else FULL
+    text = held_out(size)
     found: dict[str, float] = {}
     for name, options in CONTENDERS.items():
-        found[name] = bits_per_byte(options, text)
+        found[name] = bits_per_byte(size, options, text)
         print(f"{name}: {found[name]:.5f} bits per byte", file=sys.stderr, flush=True)
     whole = found["bfloat16"]
     results = [Result(f"{name}: bits per byte", value, "bits") for name, value in found.items()]

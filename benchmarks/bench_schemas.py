@@ -53,7 +53,7 @@ class Size:
 
 
 FULL = Size(1000, 1024, {"model": "demo", "max_num_seqs": 64, "max_model_len": 1088, "max_num_batched_tokens": 256})
-QUICK = Size(12, 48, {"model": "demo-draft", "max_num_seqs": 2, "max_model_len": 128, "max_num_batched_tokens": 16})
+QUICK = Size(12, 48, {"model": "demo-draft", "max_num_seqs": 2, "max_model_len": 128, "max_num_batched_tokens": 8})
 
 
 def drawn(count: int) -> list[Schema]:

@@ -48,7 +48,7 @@ PREFIX = 200
 class Size:
     """rows, rounds: of the shipped pair, and pairs of runs for each. output: tokens a row. drafted: most proposals.
     forced: chances and numbers of proposals; forced_rounds: pairs of runs for each. copies, own_text: of prompt lookup.
-    heads: pairs of runs with them.
+    heads: pairs of runs with them. step_tokens: most tokens of a step; fewer are fewer programs.
     """
 
     target: str
@@ -61,11 +61,12 @@ class Size:
     copies: int
     own_text: int
     heads: int
+    step_tokens: int
 
 
 FULL = Size("demo", (1, 4, 16, 64), (9, 9, 9, 21), 128, 4,
-            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21, 21)  # fmt: skip
-QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0, 0)  # equal engines compile once
+            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21, 21, 256)  # fmt: skip
+QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0, 0, 8)  # equal engines compile once
 
 
 def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = "draft_model") -> LLM:
@@ -73,8 +74,8 @@ def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = 
     return LLM(size.target, speculation=speculation if num_drafted else None,
                draft_model="demo-draft" if by_model else None,
                num_speculative_tokens=max(num_drafted, 1), dtype="bfloat16", max_num_seqs=num_rows,
-               max_model_len=512, max_num_batched_tokens=max(256, num_rows), num_pages=max(num_rows, 2) * 32,
-               enable_prefix_caching=False, quiet=True)  # fmt: skip
+               max_model_len=512, max_num_batched_tokens=max(size.step_tokens, num_rows),
+               num_pages=max(num_rows, 2) * 32, enable_prefix_caching=False, quiet=True)  # fmt: skip
 
 
 def beginnings(length: int = PREFIX) -> list[str]:

@@ -47,7 +47,7 @@ class Size:
 
 
 FULL = Size(3, 10, {"model": "demo"})
-QUICK = Size(1, 1, {"model": "demo-draft", "max_model_len": 256, "max_num_seqs": 2, "max_num_batched_tokens": 64})
+QUICK = Size(1, 1, {"model": "demo-draft", "max_model_len": 256, "max_num_seqs": 2, "max_num_batched_tokens": 8})
 
 
 def help_seconds() -> float:

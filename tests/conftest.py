@@ -2,14 +2,24 @@
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
-# Eight virtual CPU devices for the tests of tensor parallelism. Measured: they cost single-device tests nothing.
-DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+FLAGS = (
+    # Eight virtual CPU devices for the tests of tensor parallelism. Measured: they cost single-device tests nothing.
+    "--xla_force_host_platform_device_count=8",
+    # Without LLVM's optimisations: they are nearly half of what compiling an engine takes, and compiling is most of the
+    # suite. XLA's own passes stay. The README's examples run with everything on.
+    "--xla_backend_optimization_level=0",
+)
+"""Each counts where XLA_FLAGS does not set it already."""
+
+given_flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given_flags, *(f for f in FLAGS if f.split("=")[0] not in given_flags)]).strip()
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,12 +48,6 @@ def repository() -> Path:
     return REPOSITORY
 
 
-@pytest.fixture(autouse=True)
-def private_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's own compile cache; a test that is about the cache names its folder."""
-    monkeypatch.setenv("JAXINFER_COMPILE_CACHE", "off")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_files() -> Iterator[None]:
     """Frees the programs that a file compiled. Each maps memory of its own, 10 times or more, and a process with more
@@ -53,6 +57,17 @@ def no_programs_of_other_files() -> Iterator[None]:
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the run a compile cache of its own, before any fixture starts an engine: equal engines of all files and
+    workers compile once, and nobody reads or fills the user's. Loads count as compiles do (`CompileCounter`).
+    """
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it has the environment of the process that made it
+        return
+    folder = tempfile.mkdtemp(prefix="jaxinfer-compiled-")
+    os.environ["JAXINFER_COMPILE_CACHE"] = folder
+    config.add_cleanup(partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

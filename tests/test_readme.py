@@ -35,24 +35,28 @@ def test_there_are_few_short_examples_of_each_kind():
     assert all(len(example.strip().splitlines()) <= 10 for example in EXAMPLES)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Of a user who runs one example after the other: the first compiles, the others find its programs."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.slow
-def test_the_python_examples(repository, tmp_path):
-    """The second finds what the first one compiled."""
-    printed = run(PYTHON[0], repository, tmp_path)
+def test_the_python_examples(repository, home):
+    printed = run(PYTHON[0], repository, home)
     assert "def fibonacci(n):" in printed
     assert "(3, 4096)" in printed
-    assert "parsed {'red': " in run(PYTHON[1], repository, tmp_path)
+    assert "parsed {'red': " in run(PYTHON[1], repository, home)
 
 
 @pytest.mark.slow
-def test_the_grpc_examples(repository, tmp_path):
-    command = [Path(sys.executable).parent / "jaxinfer", "serve", "demo", "--port", "0", "--max-num-seqs", "2",
-               "--max-model-len", "512"]
+def test_the_grpc_examples(repository, home):
+    command = [Path(sys.executable).parent / "jaxinfer", "serve", "demo", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository,
-                          env=environment(tmp_path)) as server:
+                          env=environment(home)) as server:
         try:
             address = next(found[1] for line in server.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
-            printed, rules = (run(one.replace("127.0.0.1:50051", address), repository, tmp_path) for one in GRPC)
+            printed, rules = (run(one.replace("127.0.0.1:50051", address), repository, home) for one in GRPC)
             assert len(printed) > 40
             assert "pages_total" in printed
             assert re.search(r"^number [0-9]{3}-[0-9]{4}\n(yes|no)$", rules, re.MULTILINE)

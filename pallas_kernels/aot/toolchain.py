@@ -67,13 +67,17 @@ def missing(platform: Platform) -> str | None:
 
 
 def environment(platform: Platform, dump_folder: Path | None = None) -> dict[str, str]:
-    """The environment of a job: this one's, with the packages in front and nothing but a CPU to run on."""
+    """The environment of a job: this one's, with the packages in front and nothing but a CPU to run on.
+
+    Without XLA_FLAGS: they are settings of this process' compiler, and programs for other devices must not follow them.
+    """
     folder = package_folder(platform)
     paths = [str(folder)] if folder else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     # The child finds what this process finds, wherever it was started from.
     paths += [path for path in sys.path if path] + [str(Path.cwd())]
     settings = dict(os.environ) | SETTINGS[platform] | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    settings.pop("XLA_FLAGS", None)
     if dump_folder is not None:
         settings["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder=dump_folder)
     return settings

@@ -53,10 +53,12 @@ def test_a_job_that_ends_without_a_result_is_an_error(packages):
 def test_packages_come_first_and_the_callers_own_paths_stay(packages, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/of/the/caller")
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     environment = toolchain.environment("tpu", packages)
     paths = environment["PYTHONPATH"].split(":")
     assert paths[0] == str(packages / "tpu") and "/somewhere/of/the/caller" in paths
     assert environment["JAX_PLATFORMS"] == "cpu"
+    assert "XLA_FLAGS" not in environment
     assert str(packages) in environment["LIBTPU_INIT_ARGS"]
 
 
