@@ -62,7 +62,7 @@ def test_the_grpc_examples(repository, home):
             assert re.search(r"^number [0-9]{3}-[0-9]{4}\n(yes|no)$", rules, re.MULTILINE)
             if importlib.util.find_spec("smg"):
                 with gateway([address]) as front:
-                    assert run(OPENAI[0].replace("http://127.0.0.1:30000", front.url), repository, tmp_path)
+                    assert run(OPENAI[0].replace("http://127.0.0.1:30000", front.url), repository, home)
         finally:
             server.terminate()
             server.communicate(timeout=60)
