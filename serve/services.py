@@ -23,6 +23,7 @@ from serve.bridge import Bridge, Stream
 from serve.generation import Generation
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
+from serve.retry_hint import retry_hint
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ async def refuse(context: Context, error: BaseException) -> None:
     code, _, text = errors.status_of(error)
     if code == "INTERNAL":
         log.error("unexpected error in a call", exc_info=error)
-    await context.abort(grpc.StatusCode[code], text)
+    await context.abort(grpc.StatusCode[code], text, retry_hint(error))
 
 
 class GenerationService(pb_grpc.GenerationServiceServicer):
