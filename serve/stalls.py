@@ -31,21 +31,28 @@ class WatchedContext:
     has_status: the handler itself has ended the call. was_stalled: `end` was called.
     """
 
-    __slots__ = ("_context", "_now", "_task", "has_status", "was_stalled", "writing_since")
+    __slots__ = ("_context", "_has_begun", "_now", "_task", "has_status", "was_stalled", "writing_since")
 
     def __init__(self, context: Context, loop: asyncio.AbstractEventLoop):
         self._context = context
         self._now = loop.time
         self._task = asyncio.current_task()
         self.writing_since = math.inf  # nothing waits
+        self._has_begun = False
         self.has_status = False
         self.was_stalled = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self._has_begun = True
+        await self._context.send_initial_metadata(metadata)
+
     async def write(self, message: Any) -> None:
         self.writing_since = self._now()
+        if not self._has_begun:  # by itself: gRPC could not end a call whose first message waits with the headers
+            await self.send_initial_metadata(())
         await self._context.write(message)
         self.writing_since = math.inf
 
