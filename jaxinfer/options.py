@@ -86,6 +86,7 @@ SERVER_OPTIONS = (
     Option("max_request_bytes", count, 4 * 1024**2, "largest request"),
     Option("max_metadata_bytes", count, 16 * 1024, "most metadata of a call"),
     Option("max_streams", count, 256, "calls that one connection runs at once"),
+    Option("max_calls", count, 8192, "calls that all connections run at once"),
 )
 """Arguments of serve.server_config.ServerConfig; a test compares names and defaults with it."""
 

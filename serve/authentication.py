@@ -1,11 +1,12 @@
 """Who may call: every RPC of every service needs a token, whatever is added later; only health is open."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
+from serve.refusing import refusing
 from serve.tenant import enter_tenant
 from serve.tokens import Tokens
 
@@ -16,8 +17,6 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 KEY = "authorization"
 SCHEME = "bearer"
 HOW = "send the metadata 'authorization: Bearer TOKEN' with every call"
-
-Context = grpc.aio.ServicerContext
 
 
 class Authenticate(grpc.aio.ServerInterceptor):
@@ -33,7 +32,7 @@ class Authenticate(grpc.aio.ServerInterceptor):
         tenant, problem = self._judge(handler_call_details.invocation_metadata)
         if tenant is None:
             log.info("a call of %r was refused: %s", handler_call_details.method, problem)
-            return refusing(problem)
+            return refusing(grpc.StatusCode.UNAUTHENTICATED, problem)
         enter_tenant(tenant)
         return await continuation(handler_call_details)
 
@@ -47,11 +46,3 @@ class Authenticate(grpc.aio.ServerInterceptor):
             return None, f"the token is not a bearer token; {HOW}"
         tenant = self._tokens.tenant_of(token.strip())
         return tenant, "" if tenant is not None else "the token is not known to this server; ask its operator for one"
-
-
-def refusing(problem: str) -> grpc.RpcMethodHandler:
-    """Ends any kind of call. As one of streams: the other kinds would wait for a message first."""
-    async def refuse(messages: AsyncIterator[bytes], context: Context) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, problem)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -21,6 +21,7 @@ from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
 from serve.authentication import Authenticate
+from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
@@ -138,7 +139,7 @@ def tls_of(config: ServerConfig) -> ServerTls | None:
 def interceptors_of(config: ServerConfig) -> tuple[grpc.aio.ServerInterceptor, ...]:
     """What every call of every service passes, outermost first. Raises InvalidConfig."""
     who = () if config.token_file is None else (Authenticate(Tokens(config.token_file)),)
-    return *who, EndStalled(config.stall_timeout), RefuseMalformed()
+    return *who, LimitCalls(config.max_calls), EndStalled(config.stall_timeout), RefuseMalformed()
 
 
 class Stops:

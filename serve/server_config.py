@@ -32,7 +32,7 @@ class ServerConfig:
     stall_timeout: seconds after which a stream that is not read is ended.
     max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
     metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
-    clients hold back more.
+    clients hold back more. max_calls: of all connections; more are refused.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +47,7 @@ class ServerConfig:
     max_request_bytes: int = MAX_REQUEST_BYTES
     max_metadata_bytes: int = 16 * 1024
     max_streams: int = 256
+    max_calls: int = 8192
 
     def __post_init__(self):
         if not self.host or self.host in SOCKET_SCHEMES:
@@ -57,7 +58,7 @@ class ServerConfig:
             raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
         if not 0 < self.stall_timeout < math.inf:
             raise InvalidConfig("stall_timeout", f"must be over 0 and finite, got {self.stall_timeout}")
-        for name in ("max_request_bytes", "max_metadata_bytes", "max_streams"):
+        for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
             if not 1 <= getattr(self, name) <= INT32_MAX:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
         self._check_tls()

@@ -145,10 +145,35 @@ def test_streams_of_a_connection():
             stream.cancel()
 
 
+def test_calls_of_all_connections():
+    engine = CountingEngine()
+    with serving(make_core(engine), max_calls=2) as served:
+        streams = [served.client.stream("a", max_tokens=3) for _ in range(2)]
+        eventually(lambda: len(engine.rows) == 2)
+        error = refusal(served.client.load)
+        assert error.code() is EXHAUSTED and "the limit is 2" in error.details()
+        assert retry_hint.KEY in dict(error.trailing_metadata())
+        served.client.wait_ready(1)  # health answers all the same
+        streams[0].cancel()
+        eventually(lambda: len(engine.rows) == 1)
+        engine.step()
+        engine.step()
+        engine.step()
+        assert "".join(delta.text for delta in streams[1]) == "bcd"
+        eventually(lambda: answers(served.client))
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.load().num_running == 0
+    except grpc.RpcError:
+        return False
+
+
 def test_the_defaults_that_are_shipped():
     config = ServerConfig()
     assert (config.max_streams, config.max_metadata_bytes, config.max_request_bytes) == (256, 16_384, 4_194_304)
-    assert config.stall_timeout == 60
+    assert (config.max_calls, config.stall_timeout) == (8192, 60)
 
 
 @pytest.mark.parametrize(("options", "words"), [
