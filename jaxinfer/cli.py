@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jaxinfer
 from jaxinfer import shadowing
 from jaxinfer.errors import InvalidRequest, JaxInferError
-from jaxinfer.options import DOCTOR_OPTIONS, ENGINE_OPTIONS, add_sampling_options, checked_sampling, count, given
+from jaxinfer.options import (
+    DOCTOR_OPTIONS,
+    ENGINE_OPTIONS,
+    SERVER_OPTIONS,
+    add_sampling_options,
+    checked_sampling,
+    count,
+    given,
+)
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
@@ -123,7 +131,7 @@ def serve(args: argparse.Namespace) -> int:
     from serve import server
 
     Options(model=model_of(args), **given(args, ENGINE_OPTIONS)).validate()  # before a port is taken
-    config = server.ServerConfig(host=args.host, port=args.port, drain_seconds=args.drain_seconds)
+    config = server.ServerConfig(**given(args, SERVER_OPTIONS))
     return server.serve(lambda: make_llm(args).core, config)
 
 
@@ -293,17 +301,9 @@ def add_serve(commands: Any) -> None:
         "jaxinfer serve ~/models/Qwen3-0.6B --port 50051",
     )
     add_model(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
-    parser.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=30.0,
-        metavar="X",
-        help="what running requests get after SIGTERM (default: 30)",
-    )
+    group = parser.add_argument_group("server")
+    for option in SERVER_OPTIONS:
+        option.add_to(group)
     add_engine_options(parser)
 
 

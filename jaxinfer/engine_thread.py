@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,18 +20,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Reader:
-    """Who gets a request's chunks, and which of its samples still run."""
+    """Who gets a request's chunks, and which of its samples still run. waiting: prompt tokens, until its first chunk.
+    """
 
     consumer: Consumer
     running: set[int]
+    waiting: int
 
 
 class EngineThread:
     """Feeds the engine from a locked inbox and hands every step's chunks to their consumers."""
 
-    def __init__(self, engine: Engine, max_waiting: int):
+    def __init__(self, engine: Engine, max_waiting: int, max_waiting_tokens: int = sys.maxsize):
+        """max_waiting: samples that may queue. max_waiting_tokens: prompt tokens of those that have no token yet; what
+        has more alone may wait alone.
+        """
         self._engine = engine
         self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
+        self._tokens_in = 0  # prompt tokens so far; written by those who submit, under the lock
+        self._tokens_out = 0  # of them, those that wait no more; written by the engine's thread alone
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._num_submitted = 0
@@ -55,8 +64,17 @@ class EngineThread:
             if waiting + request.params.n > self._max_waiting:
                 raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_waiting}; "
                                  "try again later or raise max_waiting")
+            tokens = num_prompt_tokens(request)
+            self._check_tokens(tokens)
             self._num_submitted += request.params.n
+            self._tokens_in += tokens
             self._post(lambda: self._admit(request, consumer))
+
+    def _check_tokens(self, tokens: int) -> None:
+        waiting = self._tokens_in - self._tokens_out
+        if waiting and waiting + tokens > self._max_waiting_tokens:
+            raise Overloaded(f"{waiting} prompt tokens are waiting, with the {tokens} of this request more than the "
+                             f"limit, {self._max_waiting_tokens}; try again later or raise max_waiting_tokens")
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or the one sample in whose text a stop string came, within one step. Unknown ids are ignored;
@@ -137,9 +155,11 @@ class EngineThread:
         try:
             self._engine.add(request)
         except JaxInferError as error:  # the request's own fault: its id belongs to another one that runs
+            self._tokens_out += num_prompt_tokens(request)
             self._refuse(request, consumer, error)
         else:
-            self._readers[request.id] = _Reader(consumer, set(range(request.params.n)))
+            self._readers[request.id] = _Reader(
+                consumer, set(range(request.params.n)), num_prompt_tokens(request))
 
     @staticmethod
     def _refuse(request: Request, consumer: Consumer, error: JaxInferError) -> None:
@@ -158,7 +178,12 @@ class EngineThread:
 
     def _forget_if_done(self, request_id: str, reader: _Reader) -> None:
         if not reader.running:
+            self._stop_waiting(reader)
             self._readers.pop(request_id, None)
+
+    def _stop_waiting(self, reader: _Reader) -> None:
+        self._tokens_out += reader.waiting
+        reader.waiting = 0
 
     def _call(self, work: Callable[[Engine], Any], future: "Future[Any]") -> None:
         try:
@@ -174,6 +199,8 @@ class EngineThread:
             reader = self._readers.get(chunk.request_id)
             if reader is None:
                 continue
+            if reader.waiting:
+                self._stop_waiting(reader)
             parcels.setdefault(id(reader.consumer), (reader.consumer, []))[1].append(chunk)
             if chunk.finish_reason is not None:
                 reader.running.discard(chunk.index)
@@ -210,3 +237,8 @@ class EngineThread:
                 message()
             except Exception:
                 log.exception("a message to the engine failed")
+
+
+def num_prompt_tokens(request: Request) -> int:
+    """Of all its samples: each keeps its own."""
+    return len(request.prompt) * request.params.n

@@ -68,7 +68,7 @@ class LLM:
       enable_prefix_caching: share the pages of equal prompt beginnings.
       seed: the seeds of requests that have none follow from it.
       max_decode_rounds: decode rounds fused into one device call while no request waits.
-      max_waiting: requests that may queue.
+      max_waiting, max_waiting_tokens: requests that may queue, and prompt tokens of those without a token so far.
       attention: name of the attention implementation; None takes the best that serves the model.
       int8_matmul: name of the int8 matmul's implementation for every size; None takes the best for each.
       compile_cache: folder of the persistent compile cache, or "off".
@@ -86,8 +86,8 @@ class LLM:
         tensor_parallel_size: int = 1, speculation: str | None = None, draft_model: str | None = None,
         draft_address: str | None = None, trust_draft_probs: bool = False, num_speculative_tokens: int = 4,
         enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096,
-        attention: str | None = None, int8_matmul: str | None = None, compile_cache: str | None = None,
-        quiet: bool = False,
+        max_waiting_tokens: int = 4_194_304, attention: str | None = None, int8_matmul: str | None = None,
+        compile_cache: str | None = None, quiet: bool = False,
     ):
         options = Options(
             model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
@@ -97,8 +97,9 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size, speculation=speculation, draft_model=_as_path(draft_model),
             draft_address=draft_address, trust_draft_probs=trust_draft_probs,
             num_speculative_tokens=num_speculative_tokens, enable_prefix_caching=enable_prefix_caching,
-            max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, seed=seed, attention=attention,
-            int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache), show_progress=not quiet)
+            max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
+            seed=seed, attention=attention, int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache),
+            show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)
         self.core: Core = started.core
         self.report = started.report
@@ -397,4 +398,3 @@ def _field_of(inputs: str, index: int, params: Any, field: str) -> str:
 
 def _silence(_: str) -> None:
     """Says nothing."""
-

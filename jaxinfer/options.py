@@ -22,6 +22,11 @@ def count(text: str) -> int:
     return int(value)
 
 
+def file(text: str) -> str:
+    """The name of a file, which is read later."""
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option, passed on under its own name when given. default: what its receiver takes otherwise, for the help."""
@@ -37,7 +42,7 @@ class Option:
         if self.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"{self.help}{shown}")
         else:
-            names = {count: "N", float: "X", str: "TEXT"}
+            names = {count: "N", int: "N", float: "X", str: "TEXT", file: "FILE"}
             parser.add_argument(flag, type=self.type, metavar=names[self.type], help=f"{self.help}{shown}")
 
 
@@ -62,11 +67,29 @@ ENGINE_OPTIONS = (
     Option("seed", count, 0, "seeds of requests that have none follow from it"),
     Option("max_decode_rounds", count, 8, "decode rounds fused into one device call while nobody waits"),
     Option("max_waiting", count, 4096, "requests that may queue"),
+    Option("max_waiting_tokens", count, 4_194_304, "prompt tokens of all requests that wait for their first token"),
     Option("attention", str, None, "attention implementation by name (default: the best that serves the model)"),
     Option("int8_matmul", str, None, "int8 matmul implementation by name (default: the best for each size)"),
     Option("compile_cache", str, None, 'folder of the compile cache, or "off"'),
 )
 """Arguments of LLM; a test compares names and defaults with it."""
+
+SERVER_OPTIONS = (
+    Option("host", str, "127.0.0.1", "address to listen on; one that other machines reach needs TLS or --insecure"),
+    Option("port", int, 50051, "0 takes a free one"),
+    Option("drain_seconds", float, 30.0, "what running requests get after SIGTERM"),
+    Option("tls_cert", file, None, "PEM certificate (chain) of this server; read again when it is replaced"),
+    Option("tls_key", file, None, "PEM key of that certificate"),
+    Option("tls_client_ca", file, None, "PEM certificates whose owners alone may connect, with one that they signed"),
+    Option("token_file", file, None, "lines of TENANT TOKEN: calls need one of the tokens; read again when it changes"),
+    Option("insecure", bool, False, "listen for other machines without TLS"),
+    Option("stall_timeout", float, 60.0, "seconds after which a stream that is not read is ended"),
+    Option("max_request_bytes", count, 4 * 1024**2, "largest request"),
+    Option("max_metadata_bytes", count, 16 * 1024, "most metadata of a call"),
+    Option("max_streams", count, 256, "calls that one connection runs at once"),
+    Option("max_calls", count, 8192, "calls that all connections run at once"),
+)
+"""Arguments of serve.server_config.ServerConfig; a test compares names and defaults with it."""
 
 DOCTOR_OPTIONS = tuple(
     option for option in ENGINE_OPTIONS

@@ -75,4 +75,5 @@ class PrefixSharing:
 
     def _hashes(self, seq: Sequence) -> list[Digest]:
         """Hashes of all full blocks of known tokens."""
-        return block_hashes(seq.tokens, self._pool.page_size, (seq.request.cache_salt,), seq.hashes)
+        roots = (seq.request.tenant, seq.request.cache_salt)
+        return block_hashes(seq.tokens, self._pool.page_size, roots, seq.hashes)

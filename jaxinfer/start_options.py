@@ -14,7 +14,7 @@ MOST_DRAFTED = 15
 """Attention on TPUs takes rows of up to 16 queries as one item (`tpu_prefill_blocks.MAX_ROW_QUERIES`)."""
 
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel_size", "max_decode_rounds",
-         "max_waiting", "num_speculative_tokens")
+         "max_waiting", "max_waiting_tokens", "num_speculative_tokens")
 OPTIONAL_SIZES = ("max_model_len", "num_pages")
 SWITCHES = ("enable_prefix_caching", "trust_draft_probs")
 OPTIONAL_TEXTS = ("tokenizer", "draft_model", "draft_address", "attention", "int8_matmul", "compile_cache")
@@ -50,6 +50,7 @@ class Options:
     enable_prefix_caching: bool = True
     max_decode_rounds: int = 8
     max_waiting: int = 4096
+    max_waiting_tokens: int = 4_194_304
     seed: int = 0
     attention: str | None = None
     int8_matmul: str | None = None

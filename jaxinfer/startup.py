@@ -130,7 +130,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
         dtype=jnp.dtype(dtype).name, num_parameters=num_parameters,
         eos_token_ids=intake.limits.eos_token_ids, has_tokenizer=tokenizer is not None,
         has_chat_template=template is not None)
-    core = Core(info, intake, tokenizer, EngineThread(engine, options.max_waiting))
+    core = Core(info, intake, tokenizer, EngineThread(engine, options.max_waiting, options.max_waiting_tokens))
     return Started(core, executor, report)
 
 

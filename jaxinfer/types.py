@@ -134,8 +134,8 @@ class Request:
 
     stop_ids: every id that ends a row (stop_token_ids, and end-of-sequence unless ignored), at most
     MAX_STOP_IDS. priority: lower runs first. arrival: time.monotonic() seconds.
-    cache_salt: requests share prefix pages only with requests of the same salt. rules, grammar: None where params set
-    none.
+    tenant: whom it is made for; set by the front that knows, never by a client. cache_salt: requests share prefix pages
+    only with requests of the same tenant and salt. rules, grammar: None where params set none.
     """
 
     id: str
@@ -146,6 +146,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     priority: int = 0
     arrival: float = 0.0
+    tenant: str = ""
     cache_salt: str = ""
     rules: TokenRules | None = None
     grammar: "CompiledGrammar | None" = None

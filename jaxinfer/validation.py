@@ -30,6 +30,8 @@ MIN_REPETITION = 1e-6
 """Logits are divided by the repetition penalty, and by the temperature after that: both together must not overflow."""
 MAX_LOGIT_BIAS = 100.0
 """As in the OpenAI API; both are added to logits, which lie within about +-30."""
+MAX_LOGIT_BIASES = 300
+"""Each is looked at in Python; whoever needs more wants allowed_token_ids or banned_token_ids."""
 MAX_BAD_WORD_BYTES = 64
 INT32 = (-(2**31), 2**31 - 1)
 INT64 = (-(2**63), 2**63 - 1)
@@ -271,13 +273,13 @@ def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
     for name in ("allowed_token_ids", "banned_token_ids"):
         ids = getattr(params, name)
         if ids is not None:
-            _check_count(name, ids, limits.vocab_size)
+            _check_count(name, ids, limits.vocab_size, "that is the vocabulary; give each id once")
             _known_ids(name, ids, limits.vocab_size)
     _check_bad_words(params, limits)
 
 
 def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
-    _check_count("logit_bias", params.logit_bias, limits.vocab_size)
+    _check_count("logit_bias", params.logit_bias, MAX_LOGIT_BIASES, "use allowed_token_ids or banned_token_ids")
     try:
         items = bias_items(params)
         ids = _plain_ids("logit_bias", [id_ for id_, _ in items])
@@ -290,13 +292,13 @@ def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
         _float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, hint=f"token {id_}; banned_token_ids forbids one")
 
 
-def _check_count(field: str, value: Any, vocab_size: int) -> None:
+def _check_count(field: str, value: Any, most: int, hint: str) -> None:
     """Before each is looked at: a long list of repeats would take a while."""
     count = 0
     with contextlib.suppress(Exception):  # no list at all: what comes next refuses it
         count = len(value)
-    if count > vocab_size:
-        raise InvalidRequest(field, f"has {count} ids, more than the vocabulary, {vocab_size}; give each id once")
+    if count > most:
+        raise InvalidRequest(field, f"has {count} ids; the limit is {most}; {hint}")
 
 
 def _check_bad_words(params: SamplingParams, limits: Limits) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from serve.client import AsyncClient, Client
+    from serve.client_security import Tls
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "Tls"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,5 +17,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from serve import client
 
-        return getattr(client, name)
+        return getattr(client, name)  # which has Tls too, for its own sake
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

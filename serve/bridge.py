@@ -13,6 +13,7 @@ from jaxinfer.core import EngineHandle
 from jaxinfer.errors import EngineClosed
 from jaxinfer.types import Request, TokenChunk
 from serve.doorbell import Doorbell
+from serve.tenant import current_tenant
 
 Consume = Callable[[TokenChunk], bool]
 """Takes a chunk when it arrives and tells whether the reader should look. It must bound what it keeps."""
@@ -127,12 +128,12 @@ class Bridge:
         return len(self._streams)
 
     def open(self, request: Request, consume: Consume) -> Stream:
-        """Submits a request. Raises Overloaded or EngineClosed.
+        """Submits a request for the tenant of the running call. Raises Overloaded or EngineClosed.
 
         The engine knows it by a name that is used once: clients repeat their ids, and a chunk of the old request must
         never reach the new one.
         """
-        request = replace(request, id=f"{request.id}/{next(self._numbers)}")
+        request = replace(request, id=f"{request.id}/{next(self._numbers)}", tenant=current_tenant())
         stream = self._streams[request.id] = Stream(self, request, consume)
         try:
             self.engine.submit(request, self)

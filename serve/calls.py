@@ -9,6 +9,7 @@ import logging
 import grpc
 
 from jaxinfer import errors
+from serve.retry_hint import retry_hint
 
 log = logging.getLogger(__name__)
 
@@ -72,4 +73,4 @@ async def refuse(context: Context, error: BaseException) -> None:
     code, _, text = errors.status_of(error)
     if code == "INTERNAL":
         log.error("unexpected error in a call", exc_info=error)
-    await context.abort(grpc.StatusCode[code], text)
+    await context.abort(grpc.StatusCode[code], text, retry_hint(error))

@@ -22,6 +22,7 @@ from jaxinfer.core import Load, ModelInfo
 from jaxinfer.types import STRUCTURED_KINDS, StructuredOutput
 from serve import answers
 from serve.answers import Completion, Delta, Timings, TokenLogprob, Usage
+from serve.client_security import Tls, bearer, open_channel, with_metadata
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 
@@ -150,12 +151,18 @@ class AsyncStream(_Ending):
 
 
 class Client:
-    """Blocking client of one server; thread-safe."""
+    """Blocking client of one server; thread-safe.
 
-    def __init__(self, address: str = "127.0.0.1:50051"):
+    tls: True checks the server against the machine's authorities, `Tls` against your own. token: sent with every call;
+    without TLS to this machine only, unless insecure.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051", *, tls: Tls | bool | None = None, token: str | None = None,
+                 insecure: bool = False):
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        metadata = bearer(token, address, encrypted=bool(tls) or insecure)
+        self._channel = open_channel(grpc, address, tls, CHANNEL_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(with_metadata(self._channel, metadata))
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Envelope]) -> Completion:
@@ -208,12 +215,14 @@ class Client:
 
 
 class AsyncClient:
-    """Client for asyncio; make it inside a running loop."""
+    """`Client` for asyncio; make it inside a running loop."""
 
-    def __init__(self, address: str = "127.0.0.1:50051"):
+    def __init__(self, address: str = "127.0.0.1:50051", *, tls: Tls | bool | None = None, token: str | None = None,
+                 insecure: bool = False):
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        metadata = bearer(token, address, encrypted=bool(tls) or insecure)
+        self._channel = open_channel(grpc.aio, address, tls, CHANNEL_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(with_metadata(self._channel, metadata))
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     async def generate(self, prompt: Prompt, *, timeout: float | None = None,

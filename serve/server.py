@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import grpc
 from google.protobuf.runtime_version import VersionError
@@ -22,11 +21,17 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
+from serve.authentication import Authenticate
+from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.malformed import RefuseMalformed
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.served_core import ServedCore
+from serve.server_config import ServerConfig
+from serve.server_tls import ServerTls
 from serve.services import SERVICE_NAME, GenerationService
+from serve.stalls import EndStalled
+from serve.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -34,46 +39,13 @@ ENGINE_CHECK_SECONDS = 0.5
 """How often the engine's thread is looked at: a dead one must not be SERVING for longer than about a second."""
 CLOSE_GRACE_SECONDS = 1.0
 """What calls get to send their last message once draining is over."""
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""A larger request is refused by gRPC itself, before it is read, with RESOURCE_EXHAUSTED."""
-SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
-"""Not hosts to gRPC: "unix:50051" is a file."""
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.so_reuseport", 0),  # two servers on one port must fail, not share it
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
-    ("grpc.keepalive_time_ms", 60_000),  # finds clients whose network is gone, so that their pages are freed
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # gateways ping idle channels every 30 s
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """Where to listen and how to stop. port: 0 takes a free one. drain_seconds: what running calls get to finish."""
-
-    host: str = "127.0.0.1"
-    port: int = 50051
-    drain_seconds: float = 30.0
-
-    def __post_init__(self):
-        if not self.host or self.host in SOCKET_SCHEMES:
-            raise InvalidConfig("host", f"must be a name or an IP address of this machine, got {self.host!r}")
-        if not 0 <= self.port <= 65535:
-            raise InvalidConfig("port", f"must be in [0, 65535], got {self.port}; 0 takes a free one")
-        if not 0 <= self.drain_seconds <= threading.TIMEOUT_MAX:
-            raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
-
-    def address(self, port: int) -> str:
-        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 class Server:
     """The server and its three states. Lives on one event loop; signals and threads are `serve`'s."""
 
     def __init__(self, config: ServerConfig):
+        """Raises InvalidConfig where a file of tokens or certificates cannot be used."""
         self.config = config
         self.served = ServedCore()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
@@ -82,7 +54,8 @@ class Server:
         """Names of the services that only gateways call; none where their stubs are not installed."""
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=CHANNEL_OPTIONS)
+        self._tls = tls_of(config)
+        self._server = grpc.aio.server(interceptors=interceptors_of(config), options=config.channel_options())
         self._core: Core | None = None
 
     @property
@@ -140,8 +113,11 @@ class Server:
 
     def _bind(self, port: int) -> int:
         """Takes a port, any free one for 0; returns it, or 0 when that is not possible."""
+        address = self.config.address(port)
         try:
-            return self._server.add_insecure_port(self.config.address(port))
+            if self._tls is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, self._tls.credentials())
         except (RuntimeError, UnicodeError):  # UnicodeError: a host that no encoding can hold
             return 0
 
@@ -171,6 +147,19 @@ def register_gateway_services(served: ServedCore, server: grpc.aio.Server) -> tu
         log.warning("vllm.grpc.engine is not served, its stubs do not fit what is installed: %s", error)
         return ()
     return (vllm_service.register(served, server),)
+
+
+def tls_of(config: ServerConfig) -> ServerTls | None:
+    """Raises InvalidConfig."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def interceptors_of(config: ServerConfig) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """What every call of every service passes, outermost first. Raises InvalidConfig."""
+    who = () if config.token_file is None else (Authenticate(Tokens(config.token_file)),)
+    return *who, LimitCalls(config.max_calls), EndStalled(config.stall_timeout), RefuseMalformed()
 
 
 class Stops:
@@ -239,6 +228,8 @@ def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
 async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None]) -> int:
     server, stops, began = Server(config), Stops(), time.monotonic()
     await server.start()
+    for warning in config.warnings():
+        log.warning(warning)
     stops.listen()
     announce(f"starting on {server.address}; loading the model")
     loading = Loading(core_factory)

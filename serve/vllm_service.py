@@ -21,6 +21,7 @@ from serve.bridge import Bridge, Stream
 from serve.calls import Answering, Context
 from serve.generation import Generation, open_collected, open_streamed
 from serve.served_core import ServedCore, needed
+from serve.tenant import current_tenant
 from serve.tokenizer_bundle import bundle
 
 VLLM_SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
@@ -47,24 +48,25 @@ class Abortable:
 
 
 class Abortables:
-    """Running calls by the client's request id. Ids may repeat; an unknown one is ignored."""
+    """Running calls by tenant and the client's request id. Ids may repeat; an unknown one is ignored."""
 
     def __init__(self):
-        self._running: dict[str, set[Abortable]] = {}
+        self._running: dict[tuple[str, str], set[Abortable]] = {}
 
     def enter(self, request_id: str) -> Abortable:
         call = Abortable()
-        self._running.setdefault(request_id, set()).add(call)
+        self._running.setdefault((current_tenant(), request_id), set()).add(call)
         return call
 
     def leave(self, request_id: str, call: Abortable) -> None:
-        calls = self._running[request_id]
+        key = current_tenant(), request_id
+        calls = self._running[key]
         calls.discard(call)
         if not calls:
-            del self._running[request_id]
+            del self._running[key]
 
     def abort(self, request_id: str) -> None:
-        for call in self._running.get(request_id, ()):
+        for call in self._running.get((current_tenant(), request_id), ()):
             call.abort()
 
 

@@ -74,7 +74,7 @@ PUBLIC_NAMES = {
     "checkpoints.demo": "path",
     "checkpoints.demo.train": "",
     "checkpoints.families": "FAMILIES",
-    "serve": "AsyncClient Client",
+    "serve": "AsyncClient Client Tls",
     "serve.protos": "",
 } | dict.fromkeys(("serve.protos.jaxinfer", "serve.protos.jaxinfer.v1", "jaxinfer.protos", "jaxinfer.protos.v1"), "")
 """`__all__` of every package; none counts as empty."""
@@ -341,7 +341,7 @@ GOOD: list[tuple[Callable[[list[Module]], list[str]], dict[str, str]]] = [
     (forbidden_imports, {"serve/a.py": "import jax\nfrom jax import shard_map\nimport rayon"}),
     (lengths, {"pallas_kernels/op/tpu.py": "def a_kernel():\n" + "    x = 1\n" * 149}),
     (lengths, {"serve/a.py": 'def f():\n    """Doc.\n' + "    more\n" * 90 + '    """\n    x = 1\n'}),
-    (public_names, {"serve/__init__.py": "__all__ = ['AsyncClient', 'Client']"}),
+    (public_names, {"serve/__init__.py": "__all__ = ['AsyncClient', 'Client', 'Tls']"}),
 ]
 
 

@@ -226,6 +226,13 @@ def test_engine_options_are_those_of_llm():
         assert option.default == computed.get(option.name, parameters[option.name].default), option.name
 
 
+def test_server_options_are_those_of_the_server():
+    from serve.server_config import ServerConfig
+
+    fields = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    assert {option.name: option.default for option in options.SERVER_OPTIONS} == fields
+
+
 def test_sampling_options_are_fields():
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     assert {option.name for option in options.SAMPLING_OPTIONS} <= names

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -41,14 +41,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(core: Core | None, drain_seconds: float = 0.2) -> Iterator[Served]:
-    """Serves `core`; without one the server stays in its loading state."""
+def serving(core: Core | None, drain_seconds: float = 0.2, *, connect: Mapping[str, Any] | None = None,
+            **settings: Any) -> Iterator[Served]:
+    """Serves `core`; without one the server stays in its loading state. connect: arguments of its client; settings: of
+    its `ServerConfig`.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
     async def begin() -> Server:
-        server = Server(ServerConfig(port=0, drain_seconds=drain_seconds))
+        server = Server(ServerConfig(port=0, drain_seconds=drain_seconds, **settings))
         await server.start()
         if core is not None:
             await server.ready(core)
@@ -56,7 +59,7 @@ def serving(core: Core | None, drain_seconds: float = 0.2) -> Iterator[Served]:
 
     server = asyncio.run_coroutine_threadsafe(begin(), loop).result(timeout=10)
     try:
-        with Client(server.address) as client:
+        with Client(server.address, **(connect or {})) as client:
             yield Served(server, core, client, loop)
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result(timeout=10)

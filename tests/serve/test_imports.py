@@ -18,7 +18,7 @@ def modules_after(statement: str, repository: Path) -> set[str]:
     return set(json.loads(found.stdout))
 
 
-@pytest.mark.parametrize("statement", ["import serve.client", "from serve import AsyncClient, Client"])
+@pytest.mark.parametrize("statement", ["import serve.client", "from serve import AsyncClient, Client, Tls"])
 def test_the_client_imports_neither_jax_nor_the_engine(statement: str, repository: Path):
     loaded = modules_after(statement, repository)
     assert not loaded & HEAVY
@@ -34,7 +34,7 @@ def test_the_server_imports_no_jax(repository: Path):
 
 
 def test_exported_names():
-    assert serve.__all__ == ["AsyncClient", "Client"]
+    assert serve.__all__ == ["AsyncClient", "Client", "Tls"]
     assert all(hasattr(serve, name) for name in serve.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         serve.nothing  # noqa: B018

@@ -142,7 +142,8 @@ def test_a_taken_port_is_refused(served: Served):
 @pytest.mark.parametrize("host", ["n" * 64, "192.0.2.1", "[::1]", "127.0.0.1:1", "\ud800"])
 def test_a_bad_host_is_called_the_host(served: Served, host: str, port: str):
     async def start() -> None:
-        await Server(ServerConfig(host=host, port=served.server.port if port == "taken" else 0)).start()
+        chosen = served.server.port if port == "taken" else 0
+        await Server(ServerConfig(host=host, port=chosen, insecure=True)).start()
 
     with pytest.raises(InvalidConfig) as caught:
         served.call(start())

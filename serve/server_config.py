@@ -1,0 +1,107 @@
+"""Where a server listens, whom it lets in, and what a connection may cost it."""
+
+import math
+import threading
+from dataclasses import dataclass
+
+from jaxinfer.errors import InvalidConfig
+from jaxinfer.start_options import INT32_MAX
+from serve.loopback import is_loopback
+
+SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
+"""Not hosts to gRPC: "unix:50051" is a file."""
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # two servers on one port must fail, not share it
+    ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
+    ("grpc.keepalive_time_ms", 60_000),  # finds clients whose network is gone, so that their pages are freed
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # gateways ping idle channels every 30 s
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of a server; wrong ones raise InvalidConfig.
+
+    host, port: 0 takes a free port. drain_seconds: what running calls get to finish.
+    tls_cert, tls_key: PEM files; with tls_client_ca clients need a certificate of these authorities.
+    token_file: see `serve.tokens`; None asks for no tokens. insecure: listen for other machines without TLS.
+    stall_timeout: seconds after which a stream that is not read is ended.
+    max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
+    metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
+    clients hold back more. max_calls: of all connections; more are refused.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_seconds: float = 30.0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    token_file: str | None = None
+    insecure: bool = False
+    stall_timeout: float = 60.0
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    max_metadata_bytes: int = 16 * 1024
+    max_streams: int = 256
+    max_calls: int = 8192
+
+    def __post_init__(self):
+        if not self.host or self.host in SOCKET_SCHEMES:
+            raise InvalidConfig("host", f"must be a name or an IP address of this machine, got {self.host!r}")
+        if not 0 <= self.port <= 65535:
+            raise InvalidConfig("port", f"must be in [0, 65535], got {self.port}; 0 takes a free one")
+        if not 0 <= self.drain_seconds <= threading.TIMEOUT_MAX:
+            raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
+        if not 0 < self.stall_timeout < math.inf:
+            raise InvalidConfig("stall_timeout", f"must be over 0 and finite, got {self.stall_timeout}")
+        for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
+            if not 1 <= getattr(self, name) <= INT32_MAX:
+                raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
+        self._check_tls()
+        self._check_exposure()
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_cert"
+            raise InvalidConfig(missing, "is missing; TLS needs a certificate and its key: --tls-cert and --tls-key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidConfig("tls_client_ca", "asks clients for certificates, which needs TLS; give --tls-cert and "
+                                "--tls-key too")
+        if self.insecure and self.tls_cert is not None:
+            raise InvalidConfig("insecure", "is for a server without TLS, but there is a certificate; leave out one")
+
+    def _check_exposure(self) -> None:
+        if is_loopback(self.host) or self.tls_cert is not None or self.insecure:
+            return
+        raise InvalidConfig("host", f"{self.host!r} is open to other machines, and what they send would not be "
+                            "encrypted; give --tls-cert and --tls-key, or --insecure where the network is trusted or "
+                            "a proxy in front encrypts; 127.0.0.1 is for this machine only")
+
+    def warnings(self) -> list[str]:
+        """What an operator should know although it is allowed; one line each."""
+        if is_loopback(self.host):
+            return []
+        found = []
+        if self.token_file is None and self.tls_client_ca is None:
+            found.append(f"anyone who can reach {self.host} may use the model: there is no --token-file and no "
+                         "--tls-client-ca")
+        if self.token_file is not None and self.insecure:
+            found.append("tokens travel unencrypted (--insecure): who reads the network can use them")
+        return found
+
+    def address(self, port: int) -> str:
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+    def channel_options(self) -> tuple[tuple[str, int], ...]:
+        """For `grpc.aio.server`."""
+        return (
+            *CHANNEL_OPTIONS,
+            ("grpc.max_receive_message_length", self.max_request_bytes),
+            ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),  # or it refuses some above the first already
+        )
