@@ -1,16 +1,19 @@
 """Abort of `vllm.grpc.engine`: it ends calls by the client's id, in whatever state they are, and only those."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, eventually
+from counting_engine import CountingEngine, make_core
+from serving import Served, eventually, serving
 
 from jaxinfer.errors import Overloaded
 
 pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 
-from vllm_peer import Peer, refusal
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from vllm_peer import Peer, connected, refusal
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -48,6 +51,24 @@ def test_abort_ends_every_call_of_that_id(stepped: Served, slow: Peer):
     slow.abort("same")
     assert [[one.complete.finish_reason for one in call] for call in calls] == [["abort"]] * 3
     assert not stepped.engine.rows
+
+
+def test_abort_ends_no_call_of_another_tenant(tmp_path: Path):
+    tokens = {name: f"{name}-0123456789abcdef" for name in ("alice", "bob")}
+    (tmp_path / "tokens").write_text("".join(f"{name} {token}\n" for name, token in tokens.items()))
+    with serving(make_core(CountingEngine()), connect={"token": tokens["alice"]},
+                 token_file=str(tmp_path / "tokens")) as served, connected(served.server.address) as peer:  # fmt: skip
+        def of(name: str) -> Any:
+            return (("authorization", f"Bearer {tokens[name]}"),)
+
+        call = peer.stub.Generate(pb.GenerateRequest(
+            request_id="mine", tokenized=pb.TokenizedInput(input_ids=[1, 2])), metadata=of("alice"), timeout=20)
+        eventually(lambda: len(served.engine.rows) == 1)
+        abort = pb.AbortRequest(request_ids=["mine"])
+        peer.stub.Abort(abort, metadata=of("bob"))
+        assert len(served.engine.rows) == 1
+        peer.stub.Abort(abort, metadata=of("alice"))
+        assert [one.complete.finish_reason for one in call] == ["abort"]
 
 
 def test_abort_before_the_request_is_in_the_engine(stepped: Served, slow: Peer, monkeypatch: pytest.MonkeyPatch):
