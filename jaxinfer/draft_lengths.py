@@ -87,15 +87,16 @@ class DraftLengths:
 
     def watches(self, seq: Sequence, num_rows: int, num_unseen: int) -> bool:
         """Whether the drafter is to compute the prompt of a row that begins now as one of so many: whether proposals
-        for all of them would pay, also for the row's first `num_unseen` tokens, which it has to catch up with.
+        for all of them would pay for it, and for the row's first `num_unseen` tokens, which it has to catch up with.
         """
         if self._seconds is None or self._catch_up is None:
             return True
         seconds = seconds_of(self._seconds[seq.form], num_rows)
         chance = seq.acceptance.chance(self._all.chance(PRIOR, PRIOR_WEIGHT), ROW_WEIGHT)
-        watched = self._saved(seconds, chance) * left_of(seq) / num_rows > self._catching_up(num_unseen)
+        rounds, missing = num_drafting(seq) / num_rows, self._catching_up(num_unseen) + self._beside(seq)
+        watched = self._saved(seconds, chance) * rounds > missing
         if not watched and self._unseen >= PROBE_ROWS - 1:  # what is acceptance now?
-            watched = self._saved(seconds, 1.0) > 0
+            watched = self._saved(seconds, 1.0) * rounds > missing
         self._unseen = 0 if watched else self._unseen + 1
         return watched
 
@@ -108,7 +109,7 @@ class DraftLengths:
         saved = {form: self._saved(seconds_of(self._seconds[form], len(rows)), chance)
                  for form in {seq.form for seq in unseen}}  # fmt: skip
         return [seq for seq in unseen
-                if saved[seq.form] * left_of(seq) / len(rows) > self._catching_up(len(seq.tokens))]
+                if saved[seq.form] * num_drafting(seq) / len(rows) > self._catching_up(len(seq.tokens))]
 
     def _saved(self, seconds: RoundSeconds, chance: float) -> float:
         """Seconds of a plain round that drafting spares; 0 where it does not pay."""
@@ -122,6 +123,13 @@ class DraftLengths:
         chunk = self._catch_up or CatchUp(1, 0.0)
         return math.ceil(num_tokens / chunk.tokens) * chunk.seconds
 
+    def _beside(self, seq: Sequence) -> float:
+        """Seconds of the drafter's part in the prefill of what is not cached: its share of a chunk, as others fill the
+        step with it.
+        """
+        chunk = self._catch_up or CatchUp(1, 0.0)
+        return seq.num_uncomputed / chunk.tokens * chunk.seconds
+
     def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm) -> None:
         """For a step of so many rounds with this sampler."""
         if self._seconds is None:
@@ -134,17 +142,16 @@ class DraftLengths:
         if not watched:
             return
         cost = self._costs(seconds_of(self._seconds[form], len(rows)))
-        others = [0.0] * (len(rows) - len(watched))
-        best = [*([1.0] * len(watched)), *others]
-        best_of_all = best_length(cost, best, best)
+        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:  # whatever is kept
             return
+        others = [0.0] * (len(rows) - len(watched))
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
         chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in watched]
         length = best_length(cost, chances + others, self._shares(watched) + others)
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
-            length, chances = best_of_all, best
-        for seq, chance in zip(watched, chances, strict=False):
+            length, chances = best_of_all, [1.0] * len(watched)
+        for seq, chance in zip(watched, chances, strict=True):
             seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
 
     def _shares(self, rows: list[Sequence]) -> list[float]:
@@ -220,6 +227,11 @@ def best_length(cost: list[float], chances: list[float], shares: list[float]) ->
 def left_of(seq: Sequence) -> int:
     """Tokens that the row may still say."""
     return seq.end + 1 - len(seq.tokens)
+
+
+def num_drafting(seq: Sequence) -> int:
+    """Of them those that proposals may bring: not the one that prefill samples, nor the last."""
+    return max(left_of(seq) - 2, 0)
 
 
 def worth_making(chance: float, most: int) -> int:

@@ -35,7 +35,7 @@ class PagePool:
         """Forgets every page and block, as after the device's pages were lost."""
         self._refs = [0] * self.num_pages
         self._digests: list[Digest | None] = [None] * self.num_pages
-        self._watched = [True] * self.num_pages  # of those with a digest
+        self._watched = [True] * self.num_pages  # of those that were registered
         self._page_of: dict[Digest, int] = {}
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack, lowest page on top
         self._idle: OrderedDict[int, Digest] = OrderedDict()  # least recently used first
@@ -101,8 +101,11 @@ class PagePool:
         """Makes a held, fully written page findable. If the block is known already, the first page stays the one."""
         if self._refs[page] == 0:
             raise ValueError(f"page {page} is not held: only the holder may register it")
-        if self._digests[page] is None and digest not in self._page_of:
-            self._digests[page], self._watched[page] = digest, watched
+        if self._digests[page] is not None:
+            return
+        self._watched[page] = watched
+        if digest not in self._page_of:
+            self._digests[page] = digest
             self._page_of[digest] = page
 
     def num_watched(self, pages: Iterable[int]) -> int:

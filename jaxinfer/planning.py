@@ -1,6 +1,7 @@
 """A plan while it is made, and what planning does to its decode rows. No jax here."""
 
 from collections.abc import Collection, Iterable
+from itertools import accumulate
 
 from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.page_pool import PagePool
@@ -40,6 +41,13 @@ class Planning:
         self.chunks.sort(key=lambda chunk: chunk[2] - chunk[1] > 1)
 
     @property
+    def watched(self) -> bool:
+        """Whether a drafter to which prompts are work sees the step."""
+        if not self.chunks:
+            return self.drafts
+        return any(seq.watched for seq, _, _ in self.chunks) or any(seq.num_drafted for seq in self.decodes)
+
+    @property
     def is_least(self) -> bool:
         """Whether no decode row could get less."""
         return self.rounds == 1 and not self.drafts
@@ -60,14 +68,15 @@ def advance(rows: list[Sequence], rounds: int) -> tuple[list[int], list[int], Sa
     return slots, starts, sampler
 
 
-def advance_speculating(rows: list[Sequence], rounds: int, drafts: bool
-                        ) -> tuple[list[int], list[int], SamplerForm]:
+def advance_speculating(plan: Planning, rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
     """`advance` where a round brings up to `Sequence.num_drafted` tokens more."""
+    rows, watched = plan.decodes, plan.watched
     slots = [seq.slot for seq in rows]
     starts = [seq.planned for seq in rows]
     sampler = sampler_of(rows)
     for seq in rows:
         seq.take_off(rounds, rounds * (1 + seq.num_drafted * drafts))
+        seq.lapsed = seq.lapsed or not watched
     return slots, starts, sampler
 
 
@@ -116,11 +125,22 @@ def num_watched(seq: Sequence, pool: PagePool) -> int:
     return pool.num_watched(seq.pages[:seq.registered]) * pool.page_size
 
 
+def ready_of(late: list[Sequence], budget: int) -> set[Sequence]:
+    """Of rows that a drafter has to catch up with, those that it can now, at most so many tokens or one row.
+
+    What is in flight the host cannot tell it, and a draft model computes the last two tokens of a row itself.
+    """
+    ready = [seq for seq in late if seq.num_in_flight <= 1]
+    totals = accumulate(len(seq.tokens) for seq in ready)
+    return {seq for index, (seq, total) in enumerate(zip(ready, totals, strict=True)) if total <= budget or not index}
+
+
 def catch_up(plan: Planning, seq: Sequence, count: int, pool: PagePool) -> None:
     """Has the drafter told of the row's first `count` tokens, if it is to draft for the row."""
     if seq.watched and count:
         plan.caught_up.append(CaughtUp(seq.slot, num_watched(seq, pool), tuple(seq.tokens[:count]), tuple(seq.pages)))
         pool.watch(seq.pages[:seq.registered])
+        seq.lapsed = False
 
 
 def decode_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool
@@ -150,10 +170,9 @@ def prefill_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[in
         if seq.decoding:
             sampler = max(sampler, SamplerForm.FULL if stop - 1 < seq.full_below else seq.form)
     scored = any(seq.scores is not None for seq, _, _ in plan.chunks)
-    watched = any(seq.watched for seq, _, _ in plan.chunks) or any(seq.num_drafted for seq in plan.decodes)
     # A running row with a grammar may have no part in this step: it lacks pages, or all of its tokens are planned.
     constrained = constrained and any(samples) and any(seq.matcher is not None for seq in plan.rows)
     return StepPlan(step_id, StepKind.PREFILL, 1, sampler, tuple(slots), tuple(tokens), tuple(starts),
                     tuple(samples), tuple(plan.init_rows), tuple(plan.new_pages), scored,
-                    tuple(following) if scored else (), constrained=constrained, watched=watched,
+                    tuple(following) if scored else (), constrained=constrained, watched=plan.watched,
                     caught_up=tuple(plan.caught_up))

@@ -6,6 +6,7 @@ row really has. A source that raises is not asked again. Only what a proposal wa
 is a distribution, by an engine that trusts its drafter.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jaxinfer.draft_distributions import Claimed, Distributions, checked, placed
 from jaxinfer.sequence import NO_SLOT
 from jaxinfer.sequence import Sequence as Row
-from jaxinfer.types import Proposed, StepPlan
+from jaxinfer.types import Proposed, Request, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,13 @@ def num_ahead(num_drafted: int) -> int:
     return STEPS_AHEAD * (num_drafted + 1)
 
 
+def salt_of(request: Request) -> str:
+    """What the drafter shares the pages of its prefix cache by: the request's salt, apart for each tenant."""
+    if not request.tenant:
+        return request.cache_salt
+    return hashlib.sha256(repr((request.tenant, request.cache_salt)).encode()).hexdigest()
+
+
 class RemoteDrafts:
     """The rows of one engine, as its source knows them. num_kept: proposals of a row that the device takes.
     num_candidates: ids of the distribution that it takes with each; 0 does not trust the source.
@@ -139,7 +147,7 @@ class RemoteDrafts:
         """Only rows that are verified by rejection gain by sampled proposals: others keep what is the target's own."""
         params = row.request.params
         sampled = self._num_candidates > 0 and params.seed is None
-        return Terms(params.temperature if sampled else 0.0, row.request.cache_salt)
+        return Terms(params.temperature if sampled else 0.0, salt_of(row.request))
 
     def _begin(self, rows: list[Row]) -> None:
         new = [row for row in rows if row not in self._told]

@@ -32,6 +32,7 @@ from jaxinfer.planning import (
     num_missing,
     num_watched,
     prefill_plan,
+    ready_of,
     short_of_pages,
     to_decode,
 )
@@ -147,8 +148,7 @@ class Scheduler:
         self._num_prefilling -= not seq.decoding
         self._num_constrained -= seq.matcher is not None
         heapq.heappush(self._free_slots, seq.slot)
-        # All but the token sampled last is computed; a draft model may lack the one before. What it lacks besides, of
-        # rounds without proposals, makes its proposals worse and nothing else.
+        # All but the token sampled last is computed; a draft model may lack the one before.
         if seq.quiet_until:
             self._sharing.register(seq, len(seq.tokens) - 1 - (self._drafts is not None))
         self._sharing.leave(seq)
@@ -174,7 +174,7 @@ class Scheduler:
             return
         drafts = None if self._num_prefilling else self._drafts
         late = drafts.late(rows) if drafts else []
-        ready = {seq for seq in late if seq.num_in_flight <= 1}  # the last two tokens a draft model computes itself
+        ready = ready_of(late, plan.budget)
         busy = self._waiting or self._num_prefilling or self._num_constrained or len(ready) < len(late)
         if not (plan.single or busy):
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
@@ -249,20 +249,21 @@ class Scheduler:
     def _admit(self, plan: Planning) -> None:
         """Starts waiting rows in their order, up to the first that finds no slot, budget or pages."""
         started: set[Sequence] = set()
+        rivals = min(len(self._running) + len(self._waiting), self.config.max_num_seqs)
         for seq in self._waiting:
             if not self._free_slots or not plan.budget:
                 break
             shared = self._sharing.lookup(seq)
             if shared is None:
                 continue
-            if not self._start(plan, seq, shared):
+            if not self._start(plan, seq, shared, rivals):
                 break
             started.add(seq)
         if started:
             self._waiting = [seq for seq in self._waiting if seq not in started]
 
-    def _start(self, plan: Planning, seq: Sequence, shared: list[int]) -> bool:
-        """Gives the row a slot and pages for all known tokens, and plans its first chunk; False without the pages."""
+    def _start(self, plan: Planning, seq: Sequence, shared: list[int], rivals: int) -> bool:
+        """Gives the row, one of `rivals`, a slot and all its pages, and plans its first chunk; False without pages."""
         fresh = -(-len(seq.tokens) // self.pool.page_size) - len(shared)
         # One page is left for each running row to grow into, or the new row would soon be preempted again.
         if self.pool.cost(shared, fresh) + len(self._running) > self.pool.num_free:
@@ -281,22 +282,21 @@ class Scheduler:
         plan.init_rows.append(seq.row_init())
         plan.new_pages.append((seq.slot, 0, tuple(pages)))
         if self._drafts:
-            rivals = min(len(self._running) + len(self._waiting), self.config.max_num_seqs)
             seq.watched = self._drafts.watches(seq, rivals, seq.planned - num_watched(seq, self.pool))
             catch_up(plan, seq, seq.planned, self.pool)
         self._plan_chunk(plan, seq)
         return True
 
     def _issue_decode(self, plan: Planning) -> StepPlan:
-        decodes = self._advance(plan.decodes, plan.rounds, plan.drafts)
+        decodes = self._advance(plan, plan.rounds, plan.drafts)
         return decode_plan(plan, self._fly(plan.decodes), decodes, constrained=self._num_constrained > 0)
 
-    def _advance(self, rows: list[Sequence], rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
-        return advance_speculating(rows, rounds, drafts) if self._drafts else advance(rows, rounds)
+    def _advance(self, plan: Planning, rounds: int, drafts: bool) -> tuple[list[int], list[int], SamplerForm]:
+        return advance_speculating(plan, rounds, drafts) if self._drafts else advance(plan.decodes, rounds)
 
     def _issue_prefill(self, plan: Planning) -> StepPlan:
         plan.sort_chunks()
-        decodes = self._advance(plan.decodes, 1, False)
+        decodes = self._advance(plan, 1, False)
         return prefill_plan(plan, self._fly(plan.rows), decodes, constrained=self._num_constrained > 0)
 
     def rows_of(self, plan: StepPlan) -> list[Sequence]:

@@ -34,7 +34,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
-        "num_drafted", "watched", "acceptance", "making",  # of a row that speculates
+        "num_drafted", "watched", "lapsed", "acceptance", "making",  # of a row that speculates
         "matcher",  # its place in its grammar, behind the known tokens; None without one
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
@@ -75,6 +75,7 @@ class Sequence:
         self.decoding = False
         self.flights: list[tuple[int, int]] = []
         self.num_drafted = 0  # proposals a round in the next step
+        self.lapsed = False  # a watched row has had steps that its drafter did not see
         self.registered = 0
         self.register_at = 0
         self.quiet_until = 0

@@ -75,7 +75,7 @@ class Folders:
             patch.setattr(startup, "warm_up", lambda executor, show: warm_up_lazily(executor) or 0)
             patch.setattr(startup, "measured_drafts", lambda *_: None)
             proposed = following("constrained output" in features)
-            patch.setattr(draft_client, "DraftClient", lambda address, num_wanted: Follower(proposed))
+            patch.setattr(draft_client, "DraftClient", lambda address, kept, candidates: Follower(proposed))
             with LLM(self.target, **SMALL | options) as llm:
                 yield llm
 

@@ -172,6 +172,30 @@ def test_catching_up_must_pay_for_itself():
     assert not drafts.watches(long, 1, 8)
 
 
+def test_a_prompt_must_pay_for_itself():
+    """A scored prompt, or one that is answered in a token or two, gives nothing to draft."""
+    drafts = DraftLengths(MOST, BURST, CatchUp(256, 8.0))
+    assert [drafts.watches(seq, 1, 0) for count in (1, 2, 9) for seq in sequences(1, max_tokens=count)] == [
+        False, False, True]
+    (long,) = sequences(1, max_tokens=9)
+    long.tokens *= 256
+    assert not drafts.watches(long, 1, 0)
+
+
+def test_one_row_that_is_seen_is_enough_to_learn_what_acceptance_is_now():
+    drafts, rows = lengths(CHEAP), sequences(32)
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    for seq in rows[1:]:
+        seq.watched = False
+    tried = 0
+    for _ in range(1000):
+        length, *others = chosen(drafts, rows)
+        assert not any(others)
+        tried += length > 0
+        teach(drafts, rows, [1] * 8, num_drafted=length)
+    assert tried > 5
+
+
 def test_unseen_rows_are_not_drafted_for_and_do_not_count():
     """Two of 40 rows that the drafter has seen do not pay for a round with proposals; 40 do."""
     drafts, rows = lengths(CHEAP), sequences(40)

@@ -189,6 +189,16 @@ def test_a_hash_is_sha256_of_the_parent_and_the_tokens():
     assert block_hashes([1, 2, 3, 4], 2, ("salt",)) == [first, second]
 
 
+def test_a_page_of_a_known_block_is_as_watched_as_it_was_registered():
+    pool = PagePool(4, 16)
+    first, second = pool.allocate(2) or []
+    pool.register(first, A, watched=False)
+    pool.register(second, A, watched=False)
+    assert (pool.num_watched([first]), pool.num_watched([second])) == (0, 0)
+    pool.watch([second])
+    assert (pool.num_watched([first]), pool.num_watched([second, first])) == (0, 1)
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random use, against books kept the slow way: a list of idle blocks in the order of their last release."""
 
