@@ -11,8 +11,8 @@ JOB = "tests.jaxinfer.speculation_jobs:compile_all"
 ROUNDS = [f"speculate 16 rows, {form} sampler" for form in ("greedy", "simple", "full")]
 HALVES = ["propose 16 rows", "verify 16 rows by grammars"]
 PROGRAMS = {
-    "draft_model": [*ROUNDS, *HALVES, "sample by grammars"],
-    "ngram": [ROUNDS[0], *HALVES],
+    "draft_model": [*ROUNDS, *HALVES, "sample by grammars", "prefill 256 tokens", "catch up with a row"],
+    "ngram": [ROUNDS[0], *HALVES, "catch up with a row"],
     "medusa": [ROUNDS[0], ROUNDS[2], *HALVES],
     "remote": [ROUNDS[0], *HALVES, "proposals from outside"],
 }
