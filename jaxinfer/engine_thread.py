@@ -154,7 +154,9 @@ class EngineThread:
             self._num_submitted -= request.params.n
         try:
             self._engine.add(request)
-        except JaxInferError as error:  # the request's own fault: its id belongs to another one that runs
+        except Exception as error:  # its own fault, as an id of another one that runs; or a defect
+            if not isinstance(error, JaxInferError):
+                log.exception("a request could not be added; it ends alone")
             self._tokens_out += num_prompt_tokens(request)
             self._refuse(request, consumer, error)
         else:
@@ -162,7 +164,7 @@ class EngineThread:
                 consumer, set(range(request.params.n)), num_prompt_tokens(request))
 
     @staticmethod
-    def _refuse(request: Request, consumer: Consumer, error: JaxInferError) -> None:
+    def _refuse(request: Request, consumer: Consumer, error: Exception) -> None:
         try:
             consumer.deliver([TokenChunk(request.id, index, [], finish_reason="error", error=error)
                               for index in range(request.params.n)])

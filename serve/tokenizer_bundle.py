@@ -1,8 +1,10 @@
 """A tokenizer's files as one archive, for clients that tokenise themselves."""
 
+import hashlib
 import io
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxinfer.errors import TokenizerMissing
 from jaxinfer.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -14,14 +16,22 @@ FILES = (
 """What tells a client how text becomes ids; nothing else of the folder leaves it."""
 
 
-def bundle(tokenizer: Tokenizer) -> bytes:
-    """A zip archive, the same bytes for the same files, so that replicas have one fingerprint.
+class Bundle(NamedTuple):
+    """A zip archive and its SHA-256 in hexadecimal."""
+
+    archive: bytes
+    sha256: str
+
+
+def bundle(tokenizer: Tokenizer) -> Bundle:
+    """The same bytes for the same files, so that replicas have one fingerprint.
 
     Raises TokenizerMissing where the tokenizer has no files. Takes a second for a large one: not for an event loop.
     """
     if tokenizer.folder is None or not (tokenizer.folder / TOKENIZER_FILE).is_file():
         raise TokenizerMissing(f"there is no {TOKENIZER_FILE} to send; give the client the tokenizer's folder")
-    return zipped([tokenizer.folder / name for name in FILES])
+    archive = zipped([tokenizer.folder / name for name in FILES])
+    return Bundle(archive, hashlib.sha256(archive).hexdigest())
 
 
 def zipped(paths: list[Path]) -> bytes:

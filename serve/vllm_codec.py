@@ -1,6 +1,6 @@
 """Messages of `vllm.grpc.engine` to the core's types and back. Imports smg-grpc-proto, which has the stubs.
 
-Its fields have no presence where proto3 gives none, so zero there is unset: vLLM's default, which is what clients of
+Zero is unset in fields without presence: vLLM's default, which is what clients of
 this protocol expect. What the model itself wishes for stands in `default_sampling_params_json`, which gateways apply.
 """
 
@@ -47,10 +47,9 @@ ABORT = "abort"
 
 def prompt(message: pb.GenerateRequest) -> str | list[int]:
     """The prompt as `Intake` reads it. Raises InvalidRequest, also for fields that ask for what we cannot do."""
-    for name in NOT_TAKEN:
-        field = message.DESCRIPTOR.fields_by_name.get(name)
-        if field is not None and any(one is field for one, _ in message.ListFields()):
-            raise InvalidRequest(name, f"is set, but {NOT_TAKEN[name]}; leave it out")
+    for field, _ in message.ListFields():
+        if field.name in NOT_TAKEN:
+            raise InvalidRequest(field.name, f"is set, but {NOT_TAKEN[field.name]}; leave it out")
     if message.data_parallel_rank:
         raise InvalidRequest("data_parallel_rank", f"is {message.data_parallel_rank}, but there is only rank 0")
     kind = message.WhichOneof("input")
@@ -64,7 +63,8 @@ def prompt(message: pb.GenerateRequest) -> str | list[int]:
 def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
     """The fields that are not zero, over vLLM's defaults. Without max_tokens an output may be as long as fits.
 
-    defaults: the model's own; of them the temperature counts, the one field here whose zero is not unset.
+    A zero counts where the field has presence: max_tokens, logprobs, prompt_logprobs, seed, temperature. defaults: the
+    model's own; of them only the temperature counts, where it is not set.
     """
     if message.HasField("truncate_prompt_tokens"):
         raise InvalidRequest("truncate_prompt_tokens", "is set, but prompts are never cut; send the tokens that count")
@@ -154,20 +154,21 @@ class Outbox:
 
 def completes(generation: Generation) -> Iterator[pb.GenerateResponse]:
     """The whole samples of a request that was not streamed; "abort" for those that were ended from outside."""
+    scored = generation.request.params.prompt_logprobs is not None
+    of_prompt = input_logprobs(generation, generation.prompt_logprobs()) if scored else None
     for sample in generation.output().outputs:
-        yield pb.GenerateResponse(complete=complete(generation, sample))
+        yield pb.GenerateResponse(complete=complete(generation, sample, of_prompt))
 
 
-def complete(generation: Generation, sample: CompletionOutput) -> pb.GenerateComplete:
+def complete(generation: Generation, sample: CompletionOutput, of_prompt: pb.InputLogProbs | None
+             ) -> pb.GenerateComplete:  # fmt: skip
     params = generation.request.params
     message = pb.GenerateComplete(
         index=sample.index, output_ids=sample.token_ids, finish_reason=sample.finish_reason or ABORT,
         prompt_tokens=len(generation.request.prompt), completion_tokens=len(sample.token_ids),
-        cached_tokens=generation.num_cached_tokens, **matched(sample.stop_reason))
+        cached_tokens=generation.num_cached_tokens, input_logprobs=of_prompt, **matched(sample.stop_reason))
     if sample.logprobs is not None:
         fill_output_logprobs(message.output_logprobs, sample.token_ids, sample.logprobs, params.logprobs or 0)
-    if params.prompt_logprobs is not None:
-        message.input_logprobs.CopyFrom(input_logprobs(generation, generation.prompt_logprobs()))
     return message
 
 

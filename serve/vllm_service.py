@@ -6,7 +6,6 @@ Stubs: smg-grpc-proto, so this module is imported only where that package is.
 """
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,13 +15,14 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
+from jaxinfer.tokenizer import Tokenizer
 from serve import vllm_codec
 from serve.bridge import Bridge, Stream
 from serve.calls import Answering, Context
 from serve.generation import Generation, open_collected, open_streamed
 from serve.served_core import ServedCore, needed
 from serve.tenant import current_tenant
-from serve.tokenizer_bundle import bundle
+from serve.tokenizer_bundle import Bundle, bundle
 
 VLLM_SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 TOKENIZER_CHUNK_BYTES = 64 * 1024
@@ -48,7 +48,9 @@ class Abortable:
 
 
 class Abortables:
-    """Running calls by tenant and the client's request id. Ids may repeat; an unknown one is ignored."""
+    """Running calls by tenant and the client's request id. Ids may repeat; an unknown one is ignored, and so is "",
+    which is no id: all calls without one would end.
+    """
 
     def __init__(self):
         self._running: dict[tuple[str, str], set[Abortable]] = {}
@@ -66,7 +68,7 @@ class Abortables:
             del self._running[key]
 
     def abort(self, request_id: str) -> None:
-        for call in self._running.get((current_tenant(), request_id), ()):
+        for call in self._running.get((current_tenant(), request_id), ()) if request_id else ():
             call.abort()
 
 
@@ -78,6 +80,8 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self._abortables = Abortables()
         self._began = time.monotonic()
         self._last_receive = 0.0
+        self._bundle: Bundle | None = None
+        self._bundling = asyncio.Lock()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         self._last_receive = time.time()
@@ -147,12 +151,18 @@ class VllmService(pb_grpc.VllmEngineServicer):
     async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context
                            ) -> AsyncIterator[common_pb2.GetTokenizerChunk]:  # fmt: skip
         async with Answering(self._served.calls, context):
-            archive = await asyncio.to_thread(bundle, needed(self._served.serving()[0].tokenizer))
+            archive, sha256 = await self._tokenizer_files(needed(self._served.serving()[0].tokenizer))
             for start in range(0, len(archive), TOKENIZER_CHUNK_BYTES):
                 end = start + TOKENIZER_CHUNK_BYTES
-                is_last = end >= len(archive)
                 yield common_pb2.GetTokenizerChunk(
-                    data=archive[start:end], sha256=hashlib.sha256(archive).hexdigest() if is_last else "")
+                    data=archive[start:end], sha256=sha256 if end >= len(archive) else "")
+
+    async def _tokenizer_files(self, tokenizer: Tokenizer) -> Bundle:
+        """Made once: it takes a second of a thread, and a copy for each call would be memory without a bound."""
+        async with self._bundling:
+            if self._bundle is None:
+                self._bundle = await asyncio.to_thread(bundle, tokenizer)
+            return self._bundle
 
 
 def register(served: ServedCore, server: grpc.aio.Server) -> str:

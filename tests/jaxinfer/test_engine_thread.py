@@ -192,6 +192,29 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(thread):
     assert ids_of(first.until_end()) == counted(one)
 
 
+def test_a_request_that_cannot_be_added_ends_alone_and_waits_no_more(engine, monkeypatch):
+    add = engine.add
+
+    def defective(one):
+        if one.id == "bad":
+            raise KeyError("a defect")
+        add(one)
+
+    monkeypatch.setattr(engine, "add", defective)
+    thread = EngineThread(engine, max_waiting=6, max_waiting_tokens=5)
+    bad, good = Inbox(), Inbox()
+    try:
+        thread.submit(request("bad", [1, 2, 3], 4), bad)
+        assert isinstance(bad.until_end()[-1].error, KeyError)
+        gate = hold(thread)
+        for name in ("first", "second"):  # four tokens of five: those of the other are not counted any more
+            thread.submit(request(name, [3, 4], 5), good)
+        gate.set()
+        assert {good.until_end()[-1].request_id for _ in range(2)} == {"first", "second"}
+    finally:
+        thread.close()
+
+
 def test_errors_of_posted_work_reach_the_caller(thread):
     with pytest.raises(ZeroDivisionError):
         thread.run(lambda engine: 1 // 0)

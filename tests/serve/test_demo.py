@@ -14,7 +14,7 @@ from serve.answers import Delta
 
 @pytest.fixture(autouse=True)
 def short_and_importable(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
-    monkeypatch.setattr(demo, "SAMPLING", {"max_tokens": 12})
+    monkeypatch.setattr(demo, "SAMPLING", {"max_tokens": 60})  # 0.6 s, in which all rows are seen at once
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]))
 
 
@@ -28,7 +28,7 @@ def test_eight_prompts_and_a_table(capfd: pytest.CaptureFixture[str]):
     assert "  ready on 127.0.0.1:" in shown
     assert "1 | def fibonacci(n):" in shown and "8 | def read_file(path):" in shown
     assert "TTFT" in shown and "prefix hits: " in shown and "of 64 pages used, 8 rows at once" in shown
-    assert "96 tokens in " in shown  # 8 prompts of 12 tokens
+    assert "480 tokens in " in shown  # 8 prompts of 60 tokens
     assert "  stopping; running requests get 5 s" in shown
     assert shown.endswith("the service has stopped cleanly\n")
 

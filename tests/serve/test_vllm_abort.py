@@ -53,6 +53,14 @@ def test_abort_ends_every_call_of_that_id(stepped: Served, slow: Peer):
     assert not stepped.engine.rows
 
 
+def test_no_id_is_not_an_id(stepped: Served, slow: Peer):
+    call = slow.start(request_id="", max_tokens=100)
+    eventually(lambda: len(stepped.engine.rows) == 1)
+    slow.abort("")
+    assert len(stepped.engine.rows) == 1
+    call.cancel()
+
+
 def test_abort_ends_no_call_of_another_tenant(tmp_path: Path):
     tokens = {name: f"{name}-0123456789abcdef" for name in ("alice", "bob")}
     (tmp_path / "tokens").write_text("".join(f"{name} {token}\n" for name, token in tokens.items()))
