@@ -1,10 +1,11 @@
-"""Calls of any of our services: counted while they run, and their errors as status codes.
+"""Calls of any of our services: counted while they run and when they end, and their errors as status codes.
 
 The table of codes is `jaxinfer.errors`; only texts that we wrote ourselves reach a client.
 """
 
 import asyncio
 import logging
+from collections import Counter
 
 import grpc
 
@@ -18,10 +19,14 @@ LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
 
 class Calls:
-    """Counts the calls that run."""
+    """Counts the calls that run, and those that have ended by the name of their status (`ended`).
+
+    One event loop writes; other threads may copy `ended` at any time.
+    """
 
     def __init__(self):
         self.num_running = 0
+        self.ended: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -59,11 +64,25 @@ class Answering:
         self._calls.enter()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._calls.ended[code_of(self._context, error)] += 1
         try:
             if error is not None and not isinstance(error, LEAVING):
                 await refuse(self._context, error)
         finally:
             self._calls.leave()
+
+
+def code_of(context: Context, error: BaseException | None) -> str:
+    """The name of the status that a call ends with."""
+    if error is None:
+        return "OK"
+    if isinstance(error, grpc.aio.BaseError):
+        return "CANCELLED"
+    if not isinstance(error, LEAVING):
+        return errors.status_of(error)[0]
+    left = context.time_remaining()
+    is_late = (left is not None and left <= 0) or getattr(context, "was_stalled", False)
+    return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
 
 
 async def refuse(context: Context, error: BaseException) -> None:
