@@ -36,6 +36,7 @@ from serve.server_tls import ServerTls
 from serve.services import SERVICE_NAME, GenerationService
 from serve.stalls import EndStalled
 from serve.tokens import Tokens
+from serve.vllm_metrics import vllm_families
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ class Server:
 
     def _metrics_text(self) -> str:
         """On a thread of the metrics' server: it copies counts and waits for nobody."""
-        return text_of(families(self._core, self.served.calls.ended.copy()))
+        core, ended = self._core, self.served.calls.ended.copy()
+        more = vllm_families(core) if core is not None and self.config.metrics_compat == "vllm" else ()
+        return text_of((*families(core, ended), *more))
 
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""

@@ -34,7 +34,7 @@ class ServerConfig:
     metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
     clients hold back more. max_calls: of all connections; more are refused.
     metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
-    and there is a certificate; None: nowhere.
+    and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +52,7 @@ class ServerConfig:
     max_calls: int = 8192
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
+    metrics_compat: str | None = None
 
     def __post_init__(self):
         for name, host in (("host", self.host), ("metrics_host", self.metrics_host)):
@@ -67,6 +68,8 @@ class ServerConfig:
         for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
             if not 1 <= getattr(self, name) <= INT32_MAX:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
+        if self.metrics_compat not in (None, "vllm"):
+            raise InvalidConfig("metrics_compat", f"must be vllm or left out, got {self.metrics_compat!r}")
         self._check_tls()
         self._check_exposure()
 
