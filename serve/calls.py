@@ -6,10 +6,13 @@ The table of codes is `jaxinfer.errors`; only texts that we wrote ourselves reac
 import asyncio
 import logging
 from collections import Counter
+from typing import Self
 
 import grpc
 
 from jaxinfer import errors
+from serve import request_log
+from serve.generation import Generation
 from serve.retry_hint import retry_hint
 
 log = logging.getLogger(__name__)
@@ -21,10 +24,12 @@ LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 class Calls:
     """Counts the calls that run, and those that have ended by the name of their status (`ended`).
 
-    One event loop writes; other threads may copy `ended` at any time.
+    One event loop writes; other threads may copy `ended` at any time. logs_requests: whether requests get a line in
+    `request_log` when they end.
     """
 
-    def __init__(self):
+    def __init__(self, *, logs_requests: bool = False):
+        self.logs_requests = logs_requests
         self.num_running = 0
         self.ended: Counter[str] = Counter()
         self._idle = asyncio.Event()
@@ -33,6 +38,12 @@ class Calls:
     def enter(self) -> None:
         self.num_running += 1
         self._idle.clear()
+
+    def tell_end(self, code: str, request_id: str | None, generation: Generation | None) -> None:
+        """Counts, and logs what was a request for tokens (one with an id, "" included)."""
+        self.ended[code] += 1
+        if self.logs_requests and request_id is not None:
+            request_log.write(request_id, code, generation)
 
     def leave(self) -> None:
         self.num_running -= 1
@@ -52,20 +63,25 @@ class Answering:
     """Around the body of a call: counts it as running, and turns what it raises into its status.
 
     A context manager and not a decorator: a decorated stream would pass every message through one more generator.
+    generation: set by the body of a request for tokens once there is one, for the log.
     """
 
-    __slots__ = ("_calls", "_context")
+    __slots__ = ("_calls", "_context", "_request_id", "generation")
 
-    def __init__(self, calls: Calls, context: Context):
+    def __init__(self, calls: Calls, context: Context, request_id: str | None = None):
+        """request_id: the client's, of a request for tokens, "" if it has none; None for other calls."""
         self._calls = calls
         self._context = context
+        self._request_id = request_id
+        self.generation: Generation | None = None
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         self._calls.enter()
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._calls.ended[code_of(self._context, error)] += 1
         try:
+            self._calls.tell_end(code_of(self._context, error), self._request_id, self.generation)
             if error is not None and not isinstance(error, LEAVING):
                 await refuse(self._context, error)
         finally:

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
+from serve import request_log
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
@@ -52,7 +53,9 @@ class Server:
     def __init__(self, config: ServerConfig):
         """Raises InvalidConfig where a file of tokens or certificates cannot be used."""
         self.config = config
-        self.served = ServedCore()
+        self.served = ServedCore(logs_requests=config.request_log)
+        if config.request_log:
+            request_log.to_standard_error()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
         self.gateway_services: tuple[str, ...] = ()

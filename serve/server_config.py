@@ -35,6 +35,7 @@ class ServerConfig:
     clients hold back more. max_calls: of all connections; more are refused.
     metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
     and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
+    request_log: a line of JSON on standard error for each request that ends (`serve.request_log`).
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +54,7 @@ class ServerConfig:
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     metrics_compat: str | None = None
+    request_log: bool = False
 
     def __post_init__(self):
         for name, host in (("host", self.host), ("metrics_host", self.metrics_host)):
