@@ -139,6 +139,20 @@ def test_nothing_grows_with_what_clients_send_and_nothing_of_it_is_shown(measure
     assert "Zanzibar" not in text_of(measured)
 
 
+def test_tenants_are_no_labels(tmp_path):
+    tokens = [f"{number:016d}" for number in range(50)]
+    lines = (f"tenant-{number} {token}\n" for number, token in enumerate(tokens))
+    (tmp_path / "tokens").write_text("".join(lines))
+    core = make_core(CountingEngine(pace=0.001))
+    with serving(core, metrics_port=0, token_file=str(tmp_path / "tokens")) as served:
+        before = set(series(served))
+        for token in tokens:
+            with Client(served.server.address, token=token) as client:
+                client.generate([1, 2], max_tokens=1)
+        assert set(series(served)) == before
+        assert "tenant" not in text_of(served)
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/metrics", 200), ("GET", "/metrics?x=1", 200), ("GET", "/", 404), ("GET", "/metrics/x", 404),
     ("POST", "/metrics", 501), ("DELETE", "/metrics", 501)])

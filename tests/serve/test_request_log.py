@@ -11,6 +11,8 @@ from serving import Served, eventually, serving
 
 from serve.client import Client
 
+FIELDS = {"time", "id", "tenant", "code", "finish", "prompt_tokens", "cached_tokens", "output_tokens", "queue", "ttft",
+          "total", "preemptions"}
 PROMPT = "tell nobody of Zanzibar"
 
 
@@ -53,6 +55,7 @@ def test_an_answered_request_has_its_counts_and_times(logged: Served, lines: Lin
     assert (one["id"], one["tenant"], one["code"], one["finish"]) == ("mine", "", "OK", {"length": 2})
     assert (one["prompt_tokens"], one["cached_tokens"], one["output_tokens"], one["preemptions"]) == (8, 4, 6, 0)
     assert (streamed["id"], streamed["output_tokens"]) == ("streamed", 4)
+    assert set(one) == set(streamed) == FIELDS  # and so no text and no token ids
     for line in (one, streamed):
         assert 0 <= line["queue"] <= line["ttft"] <= line["total"] < 10
 
@@ -100,3 +103,16 @@ def test_nothing_is_logged_unless_asked(stepped: Served, lines: Lines):
     list(stream)
     eventually(lambda: not stepped.server.served.calls.num_running)
     assert not lines.texts
+
+
+def test_a_request_that_a_gateway_aborts_says_so(lines: Lines):
+    pytest.importorskip("smg_grpc_proto")
+    from vllm_peer import connected
+
+    with serving(make_core(CountingEngine()), request_log=True) as served, connected(served.server.address) as peer:
+        stream = peer.start("ab", request_id="g")
+        eventually(lambda: served.engine.rows)
+        peer.abort("g")
+        list(stream)
+        (one,) = lines.wait(1)
+    assert (one["id"], one["code"], one["finish"], one["prompt_tokens"]) == ("g", "OK", {"abort": 1}, 2)
