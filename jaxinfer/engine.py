@@ -60,6 +60,7 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._masks = Masks()
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
+        self._waited = 0.0  # seconds of the present step in which the device, or a drafter elsewhere, was waited for
 
     @property
     def has_work(self) -> bool:
@@ -92,13 +93,16 @@ class Engine:
         Raises StepFailed when steps keep failing; a single failure is recomputed and costs time only.
         """
         chunks: list[TokenChunk] = []  # what was committed before a failure is told all the same
+        began, self._waited = self._clock(), 0.0
         try:
-            self._step(chunks)
+            if self._step(chunks):
+                self.scheduler.metrics.record_times(self._clock() - began, self._waited)
         except Exception as error:
             self._recover(error)
         return chunks
 
-    def _step(self, chunks: list[TokenChunk]) -> None:
+    def _step(self, chunks: list[TokenChunk]) -> bool:
+        """Whether there was a step to commit."""
         if self._remote is not None:
             self._await_proposals(self._remote)
         plan = self.scheduler.plan(single=self._remote is not None and self._remote.is_useful)
@@ -110,6 +114,7 @@ class Engine:
             chunks += self._commit(finished)
         if dispatched is not None and dispatched.unfinished is not None:
             chunks += self._sample(dispatched, dispatched.unfinished)
+        return finished is not None
 
     def _await_proposals(self, remote: RemoteDrafts) -> None:
         """Proposals for the next step are useful until the device is done with the one in flight; the step is planned
@@ -117,10 +122,16 @@ class Engine:
         """
         step = self._in_flight
         if step is not None and remote.is_useful:
+            began = self._clock()
             remote.wait(lambda: self.runner.is_ready(step))
+            self._waited += self._clock() - began
 
     def _commit(self, step: InFlight) -> list[TokenChunk]:
-        chunks = self.scheduler.commit(step.plan, self.runner.read(step), self._clock())
+        began = self._clock()
+        result = self.runner.read(step)
+        now = self._clock()
+        self._waited += now - began
+        chunks = self.scheduler.commit(step.plan, result, now)
         if self._remote is not None:
             self._remote.tell()
         return chunks

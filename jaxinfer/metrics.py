@@ -13,7 +13,8 @@ from jaxinfer.core import Load
 from jaxinfer.draft_lengths import Judged
 from jaxinfer.types import RequestStats, StepKind, StepPlan
 
-# Upper edges in seconds. vLLM's (vllm/v1/metrics/loggers.py), so that dashboards carry over; inter-token begins lower.
+# Upper edges in seconds. vLLM's (vllm/v1/metrics/loggers.py), so that dashboards carry over; all but the first begin
+# lower, since tokens, and whole requests to small models, take less than 0.1 s.
 FIRST_TOKEN_EDGES = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
     640.0, 2560.0)
@@ -21,8 +22,11 @@ INTER_TOKEN_EDGES = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
     40.0, 80.0)
 REQUEST_EDGES = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0)
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3,
+    0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+STEP_EDGES = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Histogram:
@@ -70,6 +74,8 @@ class Metrics:
     prompt_tokens were computed, cached_tokens came from the prefix cache, query_tokens were looked up there.
     draft_tokens were proposed for generated ones, accepted_tokens are those of them that were kept; rounds_by_accepted
     counts a row's rounds with proposals by how many it kept.
+    step_seconds: of the engine's steps that committed something; host_seconds: the part in which it did not wait for
+    the device.
     A request of n samples counts n times.
     """
 
@@ -90,6 +96,8 @@ class Metrics:
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_EDGES))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_EDGES))
     request_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_EDGES))
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_EDGES))
+    host_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_EDGES))
     _last_commit: float = 0.0
     _num_first: int = 0
 
@@ -126,6 +134,11 @@ class Metrics:
             a_row = num_tokens / len(plan.slots) if plan.num_drafted else plan.num_rounds
             self.inter_token_seconds.observe((now - self._last_commit) / max(a_row, 1), num_tokens - self._num_first)
         self._last_commit, self._num_first = now, 0
+
+    def record_times(self, step: float, waiting: float) -> None:
+        """Seconds that a step of the engine took, and those of them in which it waited for the device."""
+        self.step_seconds.observe(step)
+        self.host_seconds.observe(step - waiting)
 
     def record_drafts(self, rounds: Iterable[Judged]) -> None:
         """Rows' rounds with proposals, of a committed step."""

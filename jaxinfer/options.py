@@ -88,6 +88,10 @@ SERVER_OPTIONS = (
     Option("max_metadata_bytes", count, 16 * 1024, "most metadata of a call"),
     Option("max_streams", count, 256, "calls that one connection runs at once"),
     Option("max_calls", count, 8192, "calls that all connections run at once"),
+    Option("metrics_port", int, None, "of metrics for Prometheus, 0 takes a free one (default: no metrics)"),
+    Option("metrics_host", str, "127.0.0.1", "address of that port; what holds for --host holds for it"),
+    Option("metrics_compat", str, None, "vllm: show the metrics under vLLM's names too (default: ours alone)"),
+    Option("request_log", bool, False, "a line of JSON on standard error for each request: counts, times, no text"),
 )
 """Arguments of serve.server_config.ServerConfig; a test compares names and defaults with it."""
 

@@ -1,6 +1,7 @@
 """Who may call: every RPC of every service needs a token, whatever is added later; only health is open."""
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,8 +23,10 @@ HOW = "send the metadata 'authorization: Bearer TOKEN' with every call"
 class Authenticate(grpc.aio.ServerInterceptor):
     """Refuses calls without a good token with UNAUTHENTICATED, before anything of them is read. It must come first."""
 
-    def __init__(self, tokens: Tokens):
+    def __init__(self, tokens: Tokens, ended: Counter[str]):
+        """ended: calls by status, where refusals are counted."""
         self._tokens = tokens
+        self._ended = ended
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]],
                                 handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
@@ -32,6 +35,7 @@ class Authenticate(grpc.aio.ServerInterceptor):
         tenant, problem = self._judge(handler_call_details.invocation_metadata)
         if tenant is None:
             log.info("a call of %r was refused: %s", handler_call_details.method, problem)
+            self._ended["UNAUTHENTICATED"] += 1
             return refusing(grpc.StatusCode.UNAUTHENTICATED, problem)
         enter_tenant(tenant)
         return await continuation(handler_call_details)

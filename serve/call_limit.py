@@ -1,6 +1,7 @@
 """How many calls a server has in hand at once, over all connections."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ class LimitCalls(grpc.aio.ServerInterceptor):
     rendered and tokenised, answers that are not fetched.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, ended: Counter[str]):
+        """ended: calls by status, where refusals are counted."""
         self._most = most
+        self._ended = ended
         self._running = 0
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]],
@@ -30,6 +33,7 @@ class LimitCalls(grpc.aio.ServerInterceptor):
         if self._running >= self._most:
             error = Overloaded(f"{self._running} calls are running, the limit is {self._most}; try again later or "
                                "raise max_calls")
+            self._ended["RESOURCE_EXHAUSTED"] += 1
             return refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_hint(error))
         task = asyncio.current_task()
         if task is not None:  # gRPC's, which ends with the call

@@ -1,6 +1,7 @@
 """One request on its way: the engine's chunks in, users' deltas out, and what it all cost."""
 
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -19,8 +20,10 @@ class Generation:
         self.has_text = tokenizer is not None and request.params.detokenize
         self._assembler = Assembler(request, tokenizer)
         self._num_unfinished = request.params.n
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
         self._first_seen = 0.0
+        self.finish_reasons: Counter[str] = Counter()
+        """Of the samples that have ended."""
         self.num_cached_tokens = 0
         """Of the prompt, known with the first tokens."""
 
@@ -31,11 +34,12 @@ class Generation:
         delta = self._assembler.feed(chunk)
         if delta is None or not (delta.token_ids or delta.text or delta.finish_reason):
             return None
-        if not self._num_output_tokens:
+        if not self.num_output_tokens:
             self._first_seen = time.monotonic()
-        self._num_output_tokens += len(delta.token_ids)
+        self.num_output_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             self._num_unfinished -= 1
+            self.finish_reasons[delta.finish_reason] += 1
         return delta
 
     @property
@@ -51,11 +55,15 @@ class Generation:
         """Those of the prompt; [] if they were not asked for."""
         return self._assembler.output().prompt_logprobs or []
 
+    def engine_stats(self) -> RequestStats:
+        """What the engine has told so far; to be read only."""
+        return self._assembler.stats() or RequestStats(arrival=self.request.arrival)
+
     def stats(self) -> RequestStats:
         """Of all samples together, at the end."""
-        stats = self._assembler.stats() or RequestStats(arrival=self.request.arrival)
+        stats = self.engine_stats()
         stats.num_prompt_tokens = len(self.request.prompt)
-        stats.num_output_tokens = self._num_output_tokens
+        stats.num_output_tokens = self.num_output_tokens
         stats.first_token = stats.first_token or self._first_seen
         stats.finished = stats.finished or time.monotonic()
         return stats

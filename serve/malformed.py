@@ -1,5 +1,6 @@
 """Requests whose bytes are no message, answered INVALID_ARGUMENT: gRPC itself answers UNKNOWN and logs a traceback."""
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from inspect import isasyncgen
@@ -19,20 +20,26 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
     It is for asynchronous handlers, as all of ours, of health and of reflection are.
     """
 
+    def __init__(self, ended: Counter[str]):
+        """ended: calls by status, where refusals are counted."""
+        self._ended = ended
+
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]],
                                 handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
         if handler is None:  # gRPC answers UNIMPLEMENTED
             return handler
-        return reading_itself(handler, reader(handler.request_deserializer, handler_call_details.method))
+        return reading_itself(handler, reader(handler.request_deserializer, handler_call_details.method,
+                                              self._ended))
 
 
-def reader(parse: Callable[[bytes], Any], method: str) -> Read:
+def reader(parse: Callable[[bytes], Any], method: str, ended: Counter[str]) -> Read:
     """method: as in the path of the call, for the text."""
     async def read(data: bytes, context: Context) -> Any:
         try:
             return parse(data)
         except (DecodeError, UnicodeDecodeError):  # which of them depends on protobuf's implementation
+            ended["INVALID_ARGUMENT"] += 1
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"request: the {len(data)} bytes sent to {method} are malformed protobuf, or hold a string that is not "

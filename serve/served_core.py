@@ -24,11 +24,11 @@ meanwhile other requests need those that tokenise.
 class ServedCore:
     """Refuses with EngineClosed until `attach` and after `refuse_new`. Lives on one event loop.
 
-    calls: those of every service that uses this core.
+    calls: those of every service that uses this core. logs_requests: see `Calls`.
     """
 
-    def __init__(self):
-        self.calls = Calls()
+    def __init__(self, *, logs_requests: bool = False):
+        self.calls = Calls(logs_requests=logs_requests)
         self._core: Core | None = None
         self._bridge: Bridge | None = None
         self._refusal = "the model is still loading; wait until the health service says SERVING"

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import grpc
@@ -21,10 +22,14 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
+from serve import request_log
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
+from serve.exposition import text_of
 from serve.malformed import RefuseMalformed
+from serve.metric_families import families
+from serve.metrics_server import MetricsServer
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.served_core import ServedCore
 from serve.server_config import ServerConfig
@@ -32,6 +37,7 @@ from serve.server_tls import ServerTls
 from serve.services import SERVICE_NAME, GenerationService
 from serve.stalls import EndStalled
 from serve.tokens import Tokens
+from serve.vllm_metrics import vllm_families
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +53,9 @@ class Server:
     def __init__(self, config: ServerConfig):
         """Raises InvalidConfig where a file of tokens or certificates cannot be used."""
         self.config = config
-        self.served = ServedCore()
+        self.served = ServedCore(logs_requests=config.request_log)
+        if config.request_log:
+            request_log.to_standard_error()
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
         self.gateway_services: tuple[str, ...] = ()
@@ -55,8 +63,11 @@ class Server:
         self.port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._tls = tls_of(config)
-        self._server = grpc.aio.server(interceptors=interceptors_of(config), options=config.channel_options())
+        self._server = grpc.aio.server(interceptors=interceptors_of(config, self.served.calls.ended),
+                                       options=config.channel_options())
         self._core: Core | None = None
+        self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text)
+        """Where Prometheus asks; None where nobody wanted it."""
 
     @property
     def address(self) -> str:
@@ -75,8 +86,16 @@ class Server:
         self.port = self._bind(self.config.port)
         if not self.port:
             raise self._cannot_bind()
+        if self.metrics is not None:
+            self.metrics.start()
         await self._server.start()
         return self.port
+
+    def _metrics_text(self) -> str:
+        """On a thread of the metrics' server: it copies counts and waits for nobody."""
+        core, ended = self._core, self.served.calls.ended.copy()
+        more = vllm_families(core) if core is not None and self.config.metrics_compat == "vllm" else ()
+        return text_of((*families(core, ended), *more))
 
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
@@ -101,6 +120,8 @@ class Server:
             await asyncio.to_thread(self._core.intake.close)
         self.served.close()
         self.drafts.close()
+        if self.metrics is not None:
+            await asyncio.to_thread(self.metrics.close)
         return drained
 
     async def _drain(self, now: asyncio.Event) -> bool:
@@ -156,10 +177,10 @@ def tls_of(config: ServerConfig) -> ServerTls | None:
     return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
-def interceptors_of(config: ServerConfig) -> tuple[grpc.aio.ServerInterceptor, ...]:
-    """What every call of every service passes, outermost first. Raises InvalidConfig."""
-    who = () if config.token_file is None else (Authenticate(Tokens(config.token_file)),)
-    return *who, LimitCalls(config.max_calls), EndStalled(config.stall_timeout), RefuseMalformed()
+def interceptors_of(config: ServerConfig, ended: Counter[str]) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """What every call of every service passes, outermost first; `ended` counts those refused. Raises InvalidConfig."""
+    who = () if config.token_file is None else (Authenticate(Tokens(config.token_file), ended),)
+    return *who, LimitCalls(config.max_calls, ended), EndStalled(config.stall_timeout), RefuseMalformed(ended)
 
 
 class Stops:
@@ -231,7 +252,8 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
     for warning in config.warnings():
         log.warning(warning)
     stops.listen()
-    announce(f"starting on {server.address}; loading the model")
+    metrics = "" if server.metrics is None else f"; metrics at {server.metrics.url}"
+    announce(f"starting on {server.address}; loading the model{metrics}")
     loading = Loading(core_factory)
     asked = asyncio.create_task(stops.asked.wait())
     await asyncio.wait({loading.done, asked}, return_when=asyncio.FIRST_COMPLETED)

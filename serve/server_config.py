@@ -33,6 +33,9 @@ class ServerConfig:
     max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
     metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
     clients hold back more. max_calls: of all connections; more are refused.
+    metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
+    and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
+    request_log: a line of JSON on standard error for each request that ends (`serve.request_log`).
     """
 
     host: str = "127.0.0.1"
@@ -48,12 +51,18 @@ class ServerConfig:
     max_metadata_bytes: int = 16 * 1024
     max_streams: int = 256
     max_calls: int = 8192
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
+    metrics_compat: str | None = None
+    request_log: bool = False
 
     def __post_init__(self):
-        if not self.host or self.host in SOCKET_SCHEMES:
-            raise InvalidConfig("host", f"must be a name or an IP address of this machine, got {self.host!r}")
-        if not 0 <= self.port <= 65535:
-            raise InvalidConfig("port", f"must be in [0, 65535], got {self.port}; 0 takes a free one")
+        for name, host in (("host", self.host), ("metrics_host", self.metrics_host)):
+            if not host or host in SOCKET_SCHEMES:
+                raise InvalidConfig(name, f"must be a name or an IP address of this machine, got {host!r}")
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise InvalidConfig(name, f"must be in [0, 65535], got {port}; 0 takes a free one")
         if not 0 <= self.drain_seconds <= threading.TIMEOUT_MAX:
             raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
         if not 0 < self.stall_timeout < math.inf:
@@ -61,6 +70,8 @@ class ServerConfig:
         for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
             if not 1 <= getattr(self, name) <= INT32_MAX:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
+        if self.metrics_compat not in (None, "vllm"):
+            raise InvalidConfig("metrics_compat", f"must be vllm or left out, got {self.metrics_compat!r}")
         self._check_tls()
         self._check_exposure()
 
@@ -75,17 +86,21 @@ class ServerConfig:
             raise InvalidConfig("insecure", "is for a server without TLS, but there is a certificate; leave out one")
 
     def _check_exposure(self) -> None:
-        if is_loopback(self.host) or self.tls_cert is not None or self.insecure:
+        if self.tls_cert is not None or self.insecure:
             return
-        raise InvalidConfig("host", f"{self.host!r} is open to other machines, and what they send would not be "
-                            "encrypted; give --tls-cert and --tls-key, or --insecure where the network is trusted or "
-                            "a proxy in front encrypts; 127.0.0.1 is for this machine only")
+        for name, host in (("host", self.host), ("metrics_host", self.metrics_host)):
+            if not is_loopback(host):
+                raise InvalidConfig(name, f"{host!r} is open to other machines, and what is sent would not be "
+                                    "encrypted; give --tls-cert and --tls-key, or --insecure where the network is "
+                                    "trusted or a proxy in front encrypts; 127.0.0.1 is for this machine only")
 
     def warnings(self) -> list[str]:
         """What an operator should know although it is allowed; one line each."""
-        if is_loopback(self.host):
-            return []
         found = []
+        if self.metrics_port is not None and not is_loopback(self.metrics_host) and self.tls_client_ca is None:
+            found.append(f"anyone who can reach {self.metrics_host} may read the metrics: there is no --tls-client-ca")
+        if is_loopback(self.host):
+            return found
         if self.token_file is None and self.tls_client_ca is None:
             found.append(f"anyone who can reach {self.host} may use the model: there is no --token-file and no "
                          "--tls-client-ca")

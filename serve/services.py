@@ -26,10 +26,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._served = served
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        async with Answering(self._served.calls, context):
+        async with Answering(self._served.calls, context, request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
-            generation = Generation(asked, core.tokenizer)
+            generation = call.generation = Generation(asked, core.tokenizer)
             async with open_collected(bridge, asked, generation) as stream:
                 while await stream.wait():
                     pass
@@ -43,10 +43,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest,
                              context: Context) -> AsyncIterator[pb.GenerateStreamResponse]:
-        async with Answering(self._served.calls, context):
+        async with Answering(self._served.calls, context, request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
-            generation = Generation(asked, core.tokenizer)
+            generation = call.generation = Generation(asked, core.tokenizer)
             outbox = codec.Outbox(asked.id, asked.params, generation.has_text)
             async with open_streamed(bridge, asked, generation, outbox) as stream:
                 while await stream.wait():

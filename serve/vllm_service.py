@@ -87,12 +87,12 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self._last_receive = time.time()
         call = self._abortables.enter(request.request_id)
         try:
-            async with Answering(self._served.calls, context):
+            async with Answering(self._served.calls, context, request.request_id) as answering:
                 core, bridge = self._served.serving()
                 params = vllm_codec.sampling_params(request.sampling_params, core.intake.defaults.sampling)
                 asked = await self._served.request(vllm_codec.prompt(request), params,
                                                    request_id=request.request_id or None)
-                generation = Generation(asked, core.tokenizer)
+                generation = answering.generation = Generation(asked, core.tokenizer)
                 if not request.stream:
                     for message in await self._collect(bridge, generation, call):
                         yield message

@@ -63,6 +63,26 @@ class Spy:
         self.dispatch, self.read, self.reset = dispatch, read, executor.reset
 
 
+def test_host_time_is_the_step_without_the_wait_for_the_device(executor):
+    engine, now = new_engine(executor), [0.0]
+    engine._clock = lambda: now[0]
+
+    def spent(seconds, work):
+        def slow(*args):
+            now[0] += seconds
+            return work(*args)
+        return slow
+
+    engine.runner = Spy(executor, spent(1.0, executor.dispatch), spent(10.0, executor.read))
+    engine.add(request("a", [1], 6, temperature=0.0))
+    run(engine)
+    metrics = engine.scheduler.metrics
+    steps = metrics.prefill_steps + metrics.decode_steps
+    assert metrics.step_seconds.count == metrics.host_seconds.count == steps
+    assert metrics.step_seconds.sum - metrics.host_seconds.sum == pytest.approx(10.0 * steps)
+    assert metrics.host_seconds.sum in (pytest.approx(steps), pytest.approx(steps - 1))  # the first had none to commit
+
+
 def test_a_hundred_percent_prefix_hit_still_computes_the_last_token(executor):
     engine = new_engine(executor)
     prompt = list(range(32))  # exactly eight pages

@@ -5,7 +5,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -14,12 +15,14 @@ from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.core import Consumer, Core, Load, ModelInfo
 from jaxinfer.errors import EngineClosed, Overloaded, StepFailed
 from jaxinfer.intake import GenerationDefaults, Intake
+from jaxinfer.metrics import Metrics
 from jaxinfer.tokenizer import BYTE_OF_CHAR, Tokenizer
-from jaxinfer.types import Request, RequestStats, SamplingParams, TokenChunk, TokenLogprobs
+from jaxinfer.types import Request, RequestStats, SamplingParams, StepKind, StepPlan, TokenChunk, TokenLogprobs
 from jaxinfer.validation import Limits
 
 EOS = 256
 VOCAB_SIZE = 257
+DECODE = cast(StepPlan, SimpleNamespace(kind=StepKind.DECODE, num_rounds=1, num_drafted=(), slots=(), tokens=()))
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -50,6 +53,7 @@ class CountingEngine:
         self.paused = False
         self._max_waiting = max_waiting
         self._pace = pace
+        self._counted = Metrics(self.load)
         self._lock = threading.RLock()
         if pace is not None:
             threading.Thread(target=self._run, daemon=True).start()
@@ -63,13 +67,14 @@ class CountingEngine:
             if len(self.rows) >= self._max_waiting:
                 raise Overloaded(f"{len(self.rows)} requests are waiting, the limit is {self._max_waiting}; try later")
             for index in range(request.params.n):
-                self.rows[request.id, index] = new_row(request, index, consumer)
+                row = self.rows[request.id, index] = new_row(request, index, consumer)
+                self._counted.record_start(row.stats)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         with self._lock:
             found = [key for key in self.rows if key[0] == request_id and index in (None, key[1])]
             for key in found:
-                del self.rows[key]
+                self._count_end(self.rows.pop(key), "abort" if index is None else "stop")
             if found:
                 self.cancelled.append((request_id.rpartition("/")[0], index))
 
@@ -78,8 +83,12 @@ class CountingEngine:
         with self._lock:
             self.num_steps += 1
             parcels: dict[int, tuple[Consumer, list[TokenChunk]]] = {}
+            began = time.monotonic()
             for row in list(self.rows.values()):
                 parcels.setdefault(id(row.consumer), (row.consumer, []))[1].append(self._advance(row))
+            num_tokens = sum(len(one.token_ids) for _, chunks in parcels.values() for one in chunks)
+            self._counted.record_step(DECODE, num_tokens, time.monotonic())
+            self._counted.record_times(time.monotonic() - began, 0.0)
         for consumer, chunks in parcels.values():
             consumer.deliver(chunks)
 
@@ -99,7 +108,7 @@ class CountingEngine:
         return Load(len(self.rows), 0, 0, 3, 2, 64)
 
     def metrics(self) -> dict[str, Any]:
-        return {}
+        return self._counted.snapshot() | {"compiles_after_ready": 0}
 
     def run(self, work: Any) -> Any:
         return work(self)
@@ -122,15 +131,19 @@ class CountingEngine:
             chunk.finish_reason = "stop" if row.last in row.request.stop_ids else "length"
             if row.last != EOS and chunk.finish_reason == "stop":
                 chunk.stop_reason = row.last
-            row.stats.finished = time.monotonic()
             chunk.stats = row.stats
-            del self.rows[row.request.id, row.index]
+            self._count_end(self.rows.pop((row.request.id, row.index)), chunk.finish_reason)
         return chunk
+
+    def _count_end(self, row: Row, reason: str) -> None:
+        row.stats.finished = time.monotonic()
+        self._counted.record_end(reason, row.stats)
 
     def _note_first(self, row: Row, chunk: TokenChunk) -> None:
         if row.stats.first_token:
             return
         row.stats.first_token = time.monotonic()
+        self._counted.record_first_token(row.stats)
         chunk.stats = row.stats
         number = row.request.params.prompt_logprobs
         if number is not None and row.index == 0:

@@ -1,0 +1,88 @@
+"""What is measured, under our own names. The engine's snapshot and the counts of calls are the only sources.
+
+Every label has few values, whatever clients send: no id, tenant, salt or text is one.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxinfer.core import Core
+from serve.exposition import Family
+
+REASONS = ("stop", "length", "abort", "error")
+"""Of `jaxinfer.types.TokenChunk`; all are shown from the start, so that rates are right from the first one on."""
+CODES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+"""The same for calls; others are shown once they occur."""
+
+GAUGES = (
+    ("num_running", "requests_running", "Samples that have a row of the batch."),
+    ("num_waiting", "requests_waiting", "Samples in the queue."),
+    ("num_waiting_tokens", "prompt_tokens_waiting", "Prompt tokens not yet computed."),
+)
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens_computed_total", "Prompt tokens computed; those recomputed count again."),
+    ("generated_tokens", "generated_tokens_total", "Tokens generated."),
+    ("query_tokens", "prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache."),
+    ("cached_tokens", "prefix_hit_tokens_total", "Of them, those that were cached."),
+    ("preemptions", "preemptions_total", "Rows put back into the queue for lack of pages."),
+    ("failed_steps", "failed_steps_total", "Device steps that failed and were recomputed."),
+    ("draft_tokens", "draft_tokens_total", "Tokens proposed by speculation."),
+    ("accepted_tokens", "accepted_tokens_total", "Of them, those that were kept."),
+    ("compiles_after_ready", "compiles_after_ready_total", "Programs compiled or loaded after the engine was ready."),
+)
+HISTOGRAMS = (
+    ("queue_seconds", "queue_seconds", "Arrival to first scheduling, of each sample."),
+    ("first_token_seconds", "time_to_first_token_seconds", "Arrival to first token, of each sample."),
+    ("inter_token_seconds", "inter_token_seconds", "Time between two tokens of a sample."),
+    ("request_seconds", "request_seconds", "Arrival to end, of each sample."),
+    ("step_seconds", "step_seconds", "Steps of the engine."),
+    ("host_seconds", "step_host_seconds", "Part of a step in which the engine did not wait for the device."),
+)
+
+
+def families(core: Core | None, ended: Mapping[str, int]) -> Iterator[Family]:
+    """core: None while it loads. ended: calls by status."""
+    is_ready = core is not None and core.engine.alive
+    yield gauge("ready", "Whether a model is served (1), or loads or has died (0).", is_ready)
+    yield Family.by("jaxinfer_calls_total", "counter", "Calls that ended, by gRPC status: rejects, cancels, deadlines.",
+                    "code", {**dict.fromkeys(CODES, 0), **ended}, {})
+    if core is None:
+        return
+    info = core.info
+    yield Family.of("jaxinfer_model_info", "gauge", "The served model.", 1,
+                    {"model_name": info.name, "family": info.family, "dtype": info.dtype})
+    yield from engine_families(core.engine.metrics())
+
+
+def engine_families(shown: Mapping[str, Any]) -> Iterator[Family]:
+    """shown: the engine's snapshot."""
+    for key, name, text in GAUGES:
+        yield gauge(name, text, shown[key])
+    yield from page_families(shown)
+    for key, name, text in COUNTERS:
+        yield Family.of(f"jaxinfer_{name}", "counter", text, shown.get(key, 0), {})
+    yield counters("steps_total", "Device steps, by kind.", "kind",
+                   {"prefill": shown["prefill_steps"], "decode": shown["decode_steps"]})
+    yield counters("samples_finished_total", "Samples that ended, by the reason.", "reason",
+                   {**dict.fromkeys(REASONS, 0), **shown["finished"]})
+    yield counters("draft_rounds_total", "Rounds with proposals of a row, by how many it kept.", "accepted",
+                   dict(sorted(shown["rounds_by_accepted"].items())))
+    yield counters("remote_proposals_total", "Proposals of a drafter elsewhere, by what became of them.", "outcome",
+                   shown.get("remote_proposals", {}))
+    for key, name, text in HISTOGRAMS:
+        yield Family.histogram(f"jaxinfer_{name}", text, shown[key], {})
+
+
+def page_families(shown: Mapping[str, Any]) -> Iterator[Family]:
+    used, cached, total = shown["pages_used"], shown["pages_cached"], shown["pages_total"]
+    # A page may change hands between the reads of two counts.
+    yield Family.by("jaxinfer_pages", "gauge", "Pages of the KV cache, by state.", "state",
+                    {"used": used, "cached": cached, "free": max(total - used - cached, 0)}, {})
+
+
+def gauge(name: str, text: str, value: float) -> Family:
+    return Family.of(f"jaxinfer_{name}", "gauge", text, int(value), {})
+
+
+def counters(name: str, text: str, label: str, values: Mapping[Any, int]) -> Family:
+    return Family.by(f"jaxinfer_{name}", "counter", text, label, values, {})
