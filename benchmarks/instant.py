@@ -53,7 +53,7 @@ class InstantExecutor(Executor):
         shape = (config.max_num_seqs, result_width(SamplerForm.FULL))
         prefill = prepared(rng, shape, stop_chance, None)
         nothing = jax.device_put(np.zeros(config.max_num_seqs, np.int32))
-        unsampled = Unsampled(nothing, nothing, nothing, nothing, nothing, nothing)
+        unsampled = Unsampled(nothing, nothing, nothing, nothing, nothing, nothing, nothing)
         self._programs[SAMPLE] = lambda params, rows, unsampled: (rows, next(prefill))
         for layout in self._batcher.prefill:
             self._programs[prefill_key(layout)] = lambda params, state, flat: (state, unsampled, None)

@@ -13,6 +13,7 @@ from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import CatchUp, Seconds
 from jaxinfer.draft_pair import DraftPair
+from jaxinfer.finite import NOT_FINITE
 from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
@@ -59,7 +60,7 @@ class InFlight:
 
     plan: StepPlan
     result: Any
-    """None while `unfinished`. After prefill i32[R, W] (i32[R], no tokens, if no row samples), after decode
+    """None while `unfinished`. After prefill i32[R, W] (bool[R] of broken rows, if none samples), after decode
     i32[rounds, R, W], after speculation i32[rounds, R, X + 1, W]."""
     scores: list[jax.Array]  # i32[X, W - 1] a chunk of scored prompt
     unfinished: "Unfinished | None" = None
@@ -266,7 +267,8 @@ class Executor:
         """Waits for the step and unpacks what it sampled."""
         array = np.asarray(step.result)
         if not any(step.plan.samples):
-            return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step))
+            broken = np.flatnonzero(array[:len(step.plan.slots)]).tolist()
+            return StepResult([[] for _ in step.plan.slots], prompt_logprobs=self._read_scores(step), broken=broken)
         full = step.plan.kind is StepKind.PREFILL or step.plan.constrained
         form = SamplerForm.FULL if full else step.plan.sampler
         round_counts, made_counts = [], []
@@ -276,7 +278,8 @@ class Executor:
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]
         tokens = sampled_tokens(table[:, :, 0])
         logprobs = RowLogprobs(table, tokens) if step.plan.sampler is SamplerForm.FULL else None
-        return StepResult(tokens, logprobs, self._read_scores(step), round_counts, made_counts)
+        broken = np.flatnonzero((table[:, :, 0] == NOT_FINITE).any(axis=0)).tolist()
+        return StepResult(tokens, logprobs, self._read_scores(step), round_counts, made_counts, broken)
 
     def _read_scores(self, step: InFlight) -> list[list[TokenLogprobs]] | None:
         return read_scores(step.plan, [np.asarray(chunk) for chunk in step.scores]) if step.scores else None
@@ -300,11 +303,11 @@ class Executor:
 def run_prefill(programs: Mapping[Key, Any], layout: PrefillLayout, params: Any, state: steps.DeviceState,
                 flat: jax.Array, samples: bool) -> tuple[steps.DeviceState, jax.Array, jax.Array]:
     """The state, the packed results and the hidden states after a prefill step and, if any of its rows `samples`, the
-    program behind it. Otherwise lengths i32[R] stand in for the results: something to wait for.
+    program behind it. Otherwise bool[R] stands in for the results: rows that are broken (`finite`).
     """
     state, unsampled, hidden = programs[prefill_key(layout)](params, state, flat)
     if not samples:
-        return state, unsampled.kv_lens, hidden
+        return state, unsampled.broken, hidden
     rows, result = programs[SAMPLE](params, state.rows, unsampled)
     return state._replace(rows=rows), result, hidden
 

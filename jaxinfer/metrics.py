@@ -75,7 +75,7 @@ class Metrics:
     draft_tokens were proposed for generated ones, accepted_tokens are those of them that were kept; rounds_by_accepted
     counts a row's rounds with proposals by how many it kept.
     step_seconds: of the engine's steps that committed something; host_seconds: the part in which it did not wait for
-    the device.
+    the device. nan_rows: samples ended by NaN or infinity.
     A request of n samples counts n times.
     """
 
@@ -89,6 +89,7 @@ class Metrics:
     prefill_steps: int = 0
     decode_steps: int = 0
     failed_steps: int = 0
+    nan_rows: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     rounds_by_accepted: Counter[int] = field(default_factory=Counter)

@@ -108,6 +108,13 @@ class PagePool:
             self._digests[page] = digest
             self._page_of[digest] = page
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Makes held pages findable no more: their content is not to be trusted."""
+        for page in pages:
+            digest, self._digests[page] = self._digests[page], None
+            if digest is not None:
+                del self._page_of[digest]
+
     def num_watched(self, pages: Iterable[int]) -> int:
         """How many of these registered pages are watched, up to the first that is not."""
         return sum(1 for _ in takewhile(self._watched.__getitem__, pages))

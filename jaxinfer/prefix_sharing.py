@@ -63,6 +63,13 @@ class PrefixSharing:
             if self._computing.get(digest) is seq:
                 del self._computing[digest]
 
+    def distrust(self, seq: Sequence) -> None:
+        """Makes no page of a running row findable any more, also none that it took over: one of them may be why it
+        broke.
+        """
+        self._pool.forget(seq.pages)
+        seq.register_at = sys.maxsize
+
     def clear(self) -> None:
         """No row runs any more."""
         self._computing.clear()

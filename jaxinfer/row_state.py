@@ -150,6 +150,12 @@ def put_tokens(state: RowState, slots: jax.Array, alive: jax.Array, kv_lens: jax
         stopped=state.stopped.at[slots].set(hit | (left <= 0), mode="drop"))
 
 
+def stop(state: RowState, slots: jax.Array, which: jax.Array) -> RowState:
+    """The state with `which` bool[R] of the rows at `slots` i32[R] stopped."""
+    slots = jnp.where(which, slots, state.stopped.shape[0])
+    return replace(state, stopped=state.stopped.at[slots].set(True, mode="drop"))
+
+
 def sampling_of(state: RowState, slots: jax.Array) -> SamplingRows:
     """Sampling fields of the rows at `slots` i32[R]; slots out of range read the scratch slot."""
     return jax.tree.map(lambda field: field.at[slots].get(mode="clip"), state.sampling)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from jaxinfer.books import Books
+from jaxinfer.committing import ending_of, take_in_chunks
 from jaxinfer.config import EngineConfig
 from jaxinfer.core import Load
 from jaxinfer.draft_lengths import DraftLengths
-from jaxinfer.errors import GrammarFailed, InvalidRequest, StepFailed
+from jaxinfer.errors import GrammarFailed, InvalidRequest, NumericFailure, StepFailed
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
@@ -318,11 +319,12 @@ class Scheduler:
         if plan.step_id != next(iter(self._in_flight)):
             raise ValueError(f"step {plan.step_id} committed before step {next(iter(self._in_flight))}")
         rows = self._in_flight.pop(plan.step_id)
+        chunks = [self._break(rows[row], result.tokens[row], now) for row in result.broken if not rows[row].finished]
         if plan.kind is StepKind.PREFILL:
-            self._commit_chunks(plan, result, rows)
+            take_in_chunks(plan, result, rows, self._sharing)
         if self._drafts:
             self.metrics.record_drafts(self._drafts.learn(rows, plan, result))
-        chunks, logprobs, num_tokens = [], result.logprobs, 0
+        logprobs, num_tokens = result.logprobs, 0
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
             if seq.finished or not samples:
                 continue
@@ -342,14 +344,14 @@ class Scheduler:
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
 
-    def _commit_chunks(self, plan: StepPlan, result: StepResult, rows: list[Sequence]) -> None:
-        """What chunks bring besides a sampled token: full pages, and prompt scores."""
-        for row in range(plan.num_decode_rows, len(rows)):
-            seq, ids, start = rows[row], plan.tokens[row], plan.starts[row]
-            if not seq.finished:
-                self._sharing.register(seq, start + len(ids))
-                if seq.scores is not None and result.prompt_logprobs is not None:
-                    seq.scores += [one.trimmed(seq.num_prompt_logprobs or 0) for one in result.prompt_logprobs[row]]
+    def _break(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:
+        """The last chunk of a row that computed NaN or infinity behind the tokens `ids`."""
+        self.metrics.nan_rows += 1
+        self._sharing.distrust(seq)
+        seq.tokens += ids
+        return self.fail(seq, NumericFailure(
+            f"the model computed NaN or infinity behind {len(seq.tokens)} tokens of this request; send it again, to "
+            "another server if it ends so again"), now, ids)
 
     def _take_in(self, seq: Sequence, ids: list[int], stops: bool, now: float) -> TokenChunk:
         """The chunk of a row's new tokens that end it or are its first since it started."""
@@ -382,14 +384,12 @@ class Scheduler:
 
     def _end_by_tokens(self, seq: Sequence, ids: list[int], now: float) -> TokenChunk:
         """A row ends by a stop id or by its length. One the device stopped for no such reason would wait for ever."""
-        if ids and ids[-1] in seq.stop_ids:
-            chunk = self._end(seq, ids, "stop", now)
-            chunk.stop_reason = ids[-1] if ids[-1] in (seq.request.params.stop_token_ids or ()) else None
-        elif len(seq.tokens) > seq.end:
-            chunk = self._end(seq, ids, "length", now)
-        else:
+        ending = ending_of(seq, ids)
+        if ending is None:
             error = StepFailed("the device stopped this row without a reason; please report it")
-            chunk = self.fail(seq, error, now, ids)
+            return self.fail(seq, error, now, ids)
+        chunk = self._end(seq, ids, ending.reason, now)
+        chunk.stop_reason = ending.stop_id
         return chunk
 
     def check_invariants(self) -> None:

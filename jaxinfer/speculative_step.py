@@ -14,6 +14,7 @@ from jaxinfer import row_state, rule_table, steps
 from jaxinfer.acceptance import Drafted, Kept, accept
 from jaxinfer.draft_pair import DraftPair, Pair
 from jaxinfer.drafter import Prefilled, Round, Told, Wanted
+from jaxinfer.finite import NOT_FINITE, are_finite
 from jaxinfer.layout import PrefillLayout, ProposalLayout, SpeculateFields, SpeculateLayout, result_width
 from jaxinfer.model import Rows
 from jaxinfer.row_state import RowState
@@ -158,12 +159,13 @@ def verifying_round(pair: DraftPair, form: SamplerForm, params: Pair, state: Dev
         ruled = rule_table.apply_along(rows.rules, slots, ruled, drafted.tokens)
     kept = until_stop(accept(ruled, drafted, sampling, positions, form), sampling)
     kept = Kept(jnp.where(alive[:, None], kept.tokens, -1), jnp.where(alive, kept.count, 0))
+    kept, broken = until_broken(kept, logits)
     scored = row_state.any_scored(rows, slots, alive)
-    after = row_state.advance_many(rows, slots, alive, kept.tokens, kept.count)
+    after = row_state.stop(row_state.advance_many(rows, slots, alive, kept.tokens, kept.count), slots, broken)
     if form is SamplerForm.FULL:
         after = row_state.record(after, slots, kept.tokens, kept.count)
     seen = Round(slots, alive, wanted.page_indices, kept.tokens, kept.count, hidden)
-    result = pack(logits, kept, drafted, form, scored)
+    result = pack(logits, kept, drafted, broken, form, scored)
     padded = jnp.pad(result, ((0, num_rows - most), (0, 0), (0, 0)), constant_values=-1)
     return observe(pair, params, DeviceState(pages, after), rows, seen), padded
 
@@ -207,13 +209,27 @@ def until_stop(kept: Kept, sampling: SamplingRows) -> Kept:
     return Kept(jnp.where(index < count[:, None], kept.tokens, -1), count)
 
 
-def pack(logits: jax.Array, kept: Kept, drafted: Drafted, form: SamplerForm, scored: jax.Array) -> jax.Array:
-    """i32[R, X + 1, result_width(form)]; with log-probabilities where `scored` bool[]."""
+def until_broken(kept: Kept, logits: jax.Array) -> tuple[Kept, jax.Array]:
+    """Up to the first token that logits f32[R, X + 1, V] decided which are not finite, and where there is one: bool[R].
+    """
+    index = jnp.arange(kept.tokens.shape[1])
+    broken = ~are_finite(logits) & (index < kept.count[:, None])
+    first = jnp.min(jnp.where(broken, index, kept.tokens.shape[1]), axis=1)
+    count = jnp.minimum(kept.count, first)
+    return Kept(jnp.where(index < count[:, None], kept.tokens, -1), count), jnp.any(broken, axis=1)
+
+
+def pack(logits: jax.Array, kept: Kept, drafted: Drafted, broken: jax.Array, form: SamplerForm, scored: jax.Array
+         ) -> jax.Array:
+    """i32[R, X + 1, result_width(form)]; with log-probabilities where `scored` bool[]. In `broken` bool[R] rows
+    NOT_FINITE is behind the last token.
+    """
     index = jnp.arange(kept.tokens.shape[1])
     refused = (index >= kept.count[:, None]) & (index <= drafted.count[:, None]) & (kept.count[:, None] > 0)
-    shown = jnp.where(refused, REFUSED, kept.tokens)[..., None]
+    ids = jnp.where(broken[:, None] & (index == kept.count[:, None]), NOT_FINITE,
+                    jnp.where(refused, REFUSED, kept.tokens))[..., None]
     if form is not SamplerForm.FULL:
-        return shown
+        return ids
     num_rows, width, vocab_size = logits.shape
     scores = steps.scores_if(scored, logits.reshape(-1, vocab_size), jnp.maximum(kept.tokens, 0).reshape(-1))
-    return jnp.concatenate([shown, scores.reshape(num_rows, width, -1)], axis=-1)
+    return jnp.concatenate([ids, scores.reshape(num_rows, width, -1)], axis=-1)

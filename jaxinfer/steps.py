@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import row_state, rule_table, sampling
+from jaxinfer.finite import NOT_FINITE, are_finite, broken_rows
 from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, result_width
 from jaxinfer.model import Model, Rows
 from jaxinfer.row_state import RowState
@@ -35,6 +36,7 @@ class Unsampled(NamedTuple):
     slots: jax.Array  # i32[R]
     kv_lens: jax.Array  # i32[R], in the pages after the step; 0 where the row computed nothing
     samples: jax.Array  # bool[R]
+    broken: jax.Array  # bool[R], computed something that is not finite
     form: jax.Array  # i32[], a SamplerForm
 
 
@@ -52,8 +54,10 @@ def prefill_step(model: Model, layout: PrefillLayout, params: Any, state: Device
                                      max_q_len=None)
     last = jnp.clip(packed.rows.cu_q_lens[1:] - 1, 0)
     kv_lens = packed.rows.kv_lens
-    samples = fields.samples & (kv_lens > 0)
-    unsampled = Unsampled(hidden[last], packed.tokens[last], fields.slots, kv_lens, samples, fields.form)
+    computed = kv_lens > 0
+    broken = computed & broken_rows(hidden, packed.rows.cu_q_lens)
+    unsampled = Unsampled(hidden[last], packed.tokens[last], fields.slots, kv_lens, fields.samples & computed, broken,
+                          fields.form)
     return DeviceState(kv_pages, rows), unsampled, hidden
 
 
@@ -62,13 +66,21 @@ def sample_step(model: Model, params: Any, rows: RowState, unsampled: Unsampled,
     """The tokens after a prefill step: one program behind all of its buckets, as the samplers take long to compile.
 
     masks: i32[R, mask_width(V)] of what each row's grammar allows. Returns the rows and the packed results
-    i32[R, result_width(FULL)]; -1 in rows that sample nothing.
+    i32[R, result_width(FULL)]; -1 in rows that sample nothing, NOT_FINITE in broken ones.
     """
     logits = model.logits(params, unsampled.hidden)
     slots, kv_lens, samples = unsampled.slots, unsampled.kv_lens, unsampled.samples
-    tokens, result = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form, masks)
+    broken = unsampled.broken | (samples & ~are_finite(logits))
+    tokens, scores = _sample_any_form(logits, rows, slots, kv_lens, samples, unsampled.form, masks)
+    result = jnp.concatenate([shown(tokens, samples, broken), scores], axis=1)
     rows = row_state.record(rows, slots, tokens[:, None], samples.astype(jnp.int32))
-    return row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens), result
+    rows = row_state.advance(rows, slots, samples, kv_lens, unsampled.tokens, tokens)
+    return row_state.stop(rows, slots, broken), result
+
+
+def shown(tokens: jax.Array, sampled: jax.Array, broken: jax.Array) -> jax.Array:
+    """The first column i32[R, 1] of packed results from tokens i32[R] of the rows that `sampled` bool[R]."""
+    return jnp.where(broken, NOT_FINITE, jnp.where(sampled, tokens, -1))[:, None]
 
 
 class PackedRows(NamedTuple):
@@ -95,7 +107,8 @@ def pack_rows(state: RowState, fields) -> PackedRows:
 
 
 def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form, masks):
-    """Samples with the form chosen at run time: a step that prefills is long, the choice is cheap.
+    """Tokens i32[R] and their packed scores, sampled with the form chosen at run time: a step that prefills is long,
+    the choice is cheap.
 
     What FULL does beyond SIMPLE changes no row that did not ask for it, and each part compiles for seconds, so both
     share one branch; only scores are apart.
@@ -106,22 +119,21 @@ def _sample_any_form(logits, rows: RowState, slots, positions, sampled, form, ma
         form == SamplerForm.GREEDY,
         lambda: sampling.sample(legal, fields, positions, SamplerForm.GREEDY),
         lambda: sampling.sample(under_rules(legal, rows, slots), fields, positions, SamplerForm.FULL))
-    shown = jnp.where(sampled, tokens, -1)[:, None]
-    scores = scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
-    return tokens, jnp.concatenate([shown, scores], axis=1)
+    return tokens, scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
 
 
-def _sample_rows(logits, rows: RowState, slots, positions, sampled, form: SamplerForm):
-    """Tokens i32[R] for `positions` and the packed results i32[R, result_width(form)]; -1 in rows that sample nothing.
+def _sample_rows(logits, rows: RowState, slots, positions, sampled, broken, form: SamplerForm):
+    """Tokens i32[R] for `positions` and the packed results i32[R, result_width(form)]; -1 in rows that sample nothing,
+    NOT_FINITE in broken ones.
     """
     fields = row_state.sampling_of(rows, slots)
     wanted = under_rules(logits, rows, slots) if form is SamplerForm.FULL else logits
     tokens = sampling.sample(wanted, fields, positions, form)
-    shown = jnp.where(sampled, tokens, -1)[:, None]
+    first = shown(tokens, sampled, broken)
     if form is not SamplerForm.FULL:
-        return tokens, shown
+        return tokens, first
     scores = scores_if(row_state.any_scored(rows, slots, sampled), logits, tokens)
-    return tokens, jnp.concatenate([shown, scores], axis=1)
+    return tokens, jnp.concatenate([first, scores], axis=1)
 
 
 def under_rules(logits: jax.Array, rows: RowState, slots: jax.Array) -> jax.Array:
@@ -197,10 +209,12 @@ def decode_round(model, form, params, state: DeviceState, fields, page_indices):
     last = rows.last_token.at[slots].get(mode="clip")
     hidden, kv_pages = model.forward(params, last, positions, state.kv_pages, packed, max_q_len=1)
     logits = model.logits(params, hidden)
-    tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, form)
+    broken = alive & ~are_finite(logits)
+    tokens, result = _sample_rows(logits, rows, slots, positions + 1, alive, broken, form)
     if form is SamplerForm.FULL:
         rows = row_state.record(rows, slots, tokens[:, None], alive.astype(jnp.int32))
-    return DeviceState(kv_pages, row_state.advance(rows, slots, alive, kv_lens, last, tokens)), result, hidden
+    rows = row_state.stop(row_state.advance(rows, slots, alive, kv_lens, last, tokens), slots, broken)
+    return DeviceState(kv_pages, rows), result, hidden
 
 
 def score_chunk(model: Model, params: Any, hidden: jax.Array, start: jax.Array, targets: jax.Array) -> jax.Array:

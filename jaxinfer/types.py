@@ -303,6 +303,7 @@ class StepResult:
     prompt_logprobs: per row, a TokenLogprobs for each computed prompt position's *next* token.
     round_counts: per row, its tokens in each round that it took part in; [] where no round brings more than one.
     made_counts: per row, the proposals made for it in each of those rounds.
+    broken: rows that computed NaN or infinity; their tokens, if any, are from before it.
     """
 
     tokens: list[list[int]]
@@ -310,6 +311,7 @@ class StepResult:
     prompt_logprobs: Sequence[list[TokenLogprobs]] | None = None
     round_counts: Sequence[list[int]] = ()
     made_counts: Sequence[list[int]] = ()
+    broken: Sequence[int] = ()
 
 
 @dataclass(slots=True)

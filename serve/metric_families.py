@@ -26,6 +26,7 @@ COUNTERS = (
     ("cached_tokens", "prefix_hit_tokens_total", "Of them, those that were cached."),
     ("preemptions", "preemptions_total", "Rows put back into the queue for lack of pages."),
     ("failed_steps", "failed_steps_total", "Device steps that failed and were recomputed."),
+    ("nan_rows", "nan_rows_total", "Samples ended because the model computed NaN or infinity for them."),
     ("draft_tokens", "draft_tokens_total", "Tokens proposed by speculation."),
     ("accepted_tokens", "accepted_tokens_total", "Of them, those that were kept."),
     ("compiles_after_ready", "compiles_after_ready_total", "Programs compiled or loaded after the engine was ready."),

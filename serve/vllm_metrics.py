@@ -16,6 +16,7 @@ COUNTERS = (
     ("query_tokens", "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
     ("cached_tokens", "prefix_cache_hits_total", "Of them, those that were cached."),
     ("preemptions", "num_preemptions_total", "Preemptions."),
+    ("nan_rows", "corrupted_requests_total", "Samples ended by NaN or infinity."),
     ("draft_tokens", "spec_decode_num_draft_tokens_total", "Tokens proposed by speculation."),
     ("accepted_tokens", "spec_decode_num_accepted_tokens_total", "Of them, those that were kept."),
 )

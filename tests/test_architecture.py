@@ -62,7 +62,8 @@ LENGTH_EXCEPTIONS: dict[str, str] = {}
 
 PUBLIC_NAMES = {
     "jaxinfer": """LLM CompletionOutput EngineClosed InvalidConfig InvalidRequest JaxInferError Logprob ModelFormatError
-        OutOfMemory Overloaded RequestOutput SamplingParams StepFailed StructuredOutput TokenizerMissing __version__""",
+        NumericFailure OutOfMemory Overloaded RequestOutput SamplingParams StepFailed StructuredOutput TokenizerMissing
+        __version__""",
     "jaxinfer.models": "Decoder forward logits make_decoder",
     "pallas_kernels": "Unsupported dispatch int8_matmul ragged_paged_attention",
     "pallas_kernels.aot": "",

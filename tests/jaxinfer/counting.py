@@ -23,8 +23,8 @@ def small_config(**changes) -> EngineConfig:
     return EngineConfig(**fields)
 
 
-def new_executor(config: EngineConfig) -> Executor:
-    model = CountingModel(VOCAB)
+def new_executor(config: EngineConfig, model: CountingModel | None = None) -> Executor:
+    model = model or CountingModel(VOCAB)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     executor = Executor(model, jax.device_put(model.new_params(), place), config, place)
     executor.warm_up(workers=2, progress=lambda name: None)

@@ -46,6 +46,15 @@ def check_mix(engine, mix, answer=counted):
 
     answer: what a request must get.
     """
+    chunks, cancelled = run_mix(engine, mix)
+    for _, _, one in mix:
+        for index in range(one.params.n):
+            check_answer(one, index, chunks[one.id, index], one.id in cancelled, answer(one))
+
+
+def run_mix(engine, mix):
+    """A mix to its end, the books checked after every step: the chunks of each sample, and the ids of those cancelled.
+    """
     chunks, cancelled, step = defaultdict(list), set(), 0
     while engine.has_work or any(come >= step for come, _, _ in mix):
         for come, cancel, one in mix:
@@ -58,10 +67,8 @@ def check_mix(engine, mix, answer=counted):
             chunks[chunk.request_id, chunk.index].append(chunk)
         engine.scheduler.check_invariants()
         step += 1
-    for _, _, one in mix:
-        for index in range(one.params.n):
-            check_answer(one, index, chunks[one.id, index], one.id in cancelled, answer(one))
     assert engine.scheduler.pool.num_held == 0
+    return chunks, cancelled
 
 
 def check_answer(one, index, chunks, cancelled, wanted):

@@ -18,6 +18,7 @@ from jaxinfer import loading
 from jaxinfer.config import EngineConfig
 from jaxinfer.executor import Executor
 from jaxinfer.models import make_decoder
+from jaxinfer.steps import DeviceState
 from jaxinfer.types import Request, SamplingParams
 
 PAGE = 4
@@ -42,7 +43,14 @@ def executor(folder):
                           max_decode_rounds=4, token_buckets=(16,), row_buckets=(4,))
     executor = Executor(model, loaded.params, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     executor.warm_up(workers=2, progress=lambda name: None)
+    fresh = executor._new_state
+    executor._new_state = lambda: all_nan(fresh())
     return executor
+
+
+def all_nan(state: DeviceState) -> DeviceState:
+    """What no row has written is NaN, which would break a row that reads it."""
+    return state._replace(kv_pages=jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), state.kv_pages))
 
 
 def random_request(rng: random.Random, index: int) -> Request:

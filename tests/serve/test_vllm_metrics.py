@@ -15,7 +15,8 @@ from serve.vllm_metrics import kept_by_place
 KINDS = {
     "vllm:num_requests_running": "gauge", "vllm:num_requests_waiting": "gauge", "vllm:kv_cache_usage_perc": "gauge",
     "vllm:prompt_tokens": "counter", "vllm:generation_tokens": "counter", "vllm:prefix_cache_queries": "counter",
-    "vllm:prefix_cache_hits": "counter", "vllm:num_preemptions": "counter", "vllm:request_success": "counter",
+    "vllm:prefix_cache_hits": "counter", "vllm:num_preemptions": "counter", "vllm:corrupted_requests": "counter",
+    "vllm:request_success": "counter",
     "vllm:spec_decode_num_drafts": "counter", "vllm:spec_decode_num_draft_tokens": "counter",
     "vllm:spec_decode_num_accepted_tokens": "counter", "vllm:spec_decode_num_accepted_tokens_per_pos": "counter",
     "vllm:time_to_first_token_seconds": "histogram", "vllm:inter_token_latency_seconds": "histogram",
