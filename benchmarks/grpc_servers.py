@@ -75,6 +75,9 @@ class CountingEngine:
         with self._wake:
             self._rows.pop(request_id, None)
 
+    def progress(self) -> int | None:
+        return None
+
     def load(self) -> Load:
         return Load(len(self._rows), 0, 0, 0, 0, 1)
 

@@ -1,10 +1,14 @@
 """What a committed step means for its rows, apart from the scheduler's books. No jax here."""
 
+import logging
 from typing import NamedTuple
 
+from jaxinfer.errors import JaxInferError, NumericFailure, RowFailed
 from jaxinfer.prefix_sharing import PrefixSharing
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import StepPlan, StepResult
+
+log = logging.getLogger(__name__)
 
 
 class Ending(NamedTuple):
@@ -19,6 +23,19 @@ def ending_of(seq: Sequence, ids: list[int]) -> Ending | None:
     if ids and ids[-1] in seq.stop_ids:
         return Ending("stop", ids[-1] if ids[-1] in (seq.request.params.stop_token_ids or ()) else None)
     return Ending("length") if len(seq.tokens) > seq.end else None
+
+
+def nan_failure(seq: Sequence) -> NumericFailure:
+    return NumericFailure(f"the model computed NaN or infinity behind {len(seq.tokens)} tokens of this request; send "
+                          "it again, to another server if it ends so again")
+
+
+def failure(seq: Sequence, error: BaseException) -> Exception:
+    """What a row ends with that raised `error`, which may be a panic of a library. Its text stays in the log."""
+    if isinstance(error, JaxInferError):
+        return error
+    log.error("a row of request %r failed; it ends alone", seq.request_id, exc_info=error)
+    return RowFailed("this request could not go on; the server's log has the reason")
 
 
 def take_in_chunks(plan: StepPlan, result: StepResult, rows: list[Sequence], sharing: PrefixSharing) -> None:

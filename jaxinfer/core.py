@@ -67,6 +67,10 @@ class EngineHandle(Protocol):
         """Whether the engine still runs; once it is not, every request is refused with EngineClosed."""
         ...
 
+    def progress(self) -> int | None:
+        """A number that changes whenever a step has brought something; None while there is nothing to do."""
+        ...
+
     def load(self) -> Load: ...
 
     def metrics(self) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxinfer.committing import failure
 from jaxinfer.errors import StepFailed
 from jaxinfer.executor import InFlight, Unfinished
+from jaxinfer.fault_points import fault_point
 from jaxinfer.masks import Masks
 from jaxinfer.remote_drafts import RemoteDrafts
 from jaxinfer.scheduler import Scheduler
@@ -66,6 +68,12 @@ class Engine:
     def has_work(self) -> bool:
         return self._in_flight is not None or self.scheduler.has_work
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that were committed."""
+        metrics = self.scheduler.metrics
+        return metrics.prefill_steps + metrics.decode_steps
+
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
 
@@ -105,9 +113,12 @@ class Engine:
         """Whether there was a step to commit."""
         if self._remote is not None:
             self._await_proposals(self._remote)
+        fault_point("plan")
         plan = self.scheduler.plan(single=self._remote is not None and self._remote.is_useful)
         if plan and self._remote is not None:
             plan = self._remote.with_proposals(plan, self.scheduler.rows_of(plan))
+        if plan:
+            fault_point("dispatch")
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
         if finished is not None:
@@ -128,6 +139,7 @@ class Engine:
 
     def _commit(self, step: InFlight) -> list[TokenChunk]:
         began = self._clock()
+        fault_point("read")
         result = self.runner.read(step)
         now = self._clock()
         self._waited += now - began
@@ -142,7 +154,8 @@ class Engine:
         rows = self.scheduler.rows_of(step.plan)
         masks, failed = self._masks.of(step.plan, rows, halfway.mask_shape, self.runner.proposed(step))
         self.runner.sample(step, masks)
-        return [self.scheduler.fail(rows[row], error, self._clock()) for row, error in failed.items()]
+        return [self.scheduler.fail(rows[row], failure(rows[row], error), self._clock())
+                for row, error in failed.items()]
 
     def drain(self) -> list[TokenChunk]:
         """Reads and commits what is in flight, without planning more."""
@@ -160,6 +173,7 @@ class Engine:
         now = self._clock()
         self._failures.append(now)
         self._in_flight = None
+        fault_point("reset")
         self.runner.reset()
         self.scheduler.requeue_all()
         if self._remote is not None:

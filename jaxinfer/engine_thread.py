@@ -13,6 +13,7 @@ from typing import Any
 from jaxinfer.core import Consumer, Load
 from jaxinfer.engine import Engine
 from jaxinfer.errors import EngineClosed, InvalidRequest, JaxInferError, Overloaded, StepFailed
+from jaxinfer.fault_points import fault_point
 from jaxinfer.types import Request, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,10 @@ class EngineThread:
             self._post(lambda: self._call(work, future))
         return future.result()
 
+    def progress(self) -> int | None:
+        """See `core.EngineHandle`. A drafter elsewhere, consumers and messages must not hold the engine up either."""
+        return None if self._idle else self._engine.num_steps
+
     def load(self) -> Load:
         return self._engine.scheduler.load()
 
@@ -125,6 +130,7 @@ class EngineThread:
         self._engine.watch_compiles()
         try:
             while self._next_messages():
+                fault_point("loop")
                 self._deliver(self._engine.step())
         except StepFailed as error:
             failure = error
@@ -153,8 +159,9 @@ class EngineThread:
         with self._wake:
             self._num_submitted -= request.params.n
         try:
+            fault_point("admit", request.id)
             self._engine.add(request)
-        except Exception as error:  # its own fault, as an id of another one that runs; or a defect
+        except BaseException as error:  # its own fault, as an id of another one that runs; or a defect
             if not isinstance(error, JaxInferError):
                 log.exception("a request could not be added; it ends alone")
             self._tokens_out += num_prompt_tokens(request)
@@ -164,11 +171,11 @@ class EngineThread:
                 consumer, set(range(request.params.n)), num_prompt_tokens(request))
 
     @staticmethod
-    def _refuse(request: Request, consumer: Consumer, error: Exception) -> None:
+    def _refuse(request: Request, consumer: Consumer, error: BaseException) -> None:
         try:
             consumer.deliver([TokenChunk(request.id, index, [], finish_reason="error", error=error)
                               for index in range(request.params.n)])
-        except Exception:
+        except BaseException:
             log.exception("a consumer failed; its request was refused anyway")
 
     def _drop(self, request_id: str, index: int | None) -> None:
@@ -213,7 +220,7 @@ class EngineThread:
     def _hand_over(self, consumer: Consumer, parcel: list[TokenChunk]) -> None:
         try:
             consumer.deliver(parcel)
-        except Exception:
+        except BaseException:
             log.exception("a consumer failed; its requests are dropped")
             for request_id in {chunk.request_id for chunk in parcel}:
                 self._drop(request_id, None)
@@ -237,7 +244,7 @@ class EngineThread:
         for message in messages:
             try:
                 message()
-            except Exception:
+            except BaseException:
                 log.exception("a message to the engine failed")
 
 

@@ -55,8 +55,12 @@ class StepFailed(JaxInferError):
     """The device step failed repeatedly; the request could not be finished."""
 
 
-class NumericFailure(JaxInferError):
-    """The model computed NaN or infinity for one request, which ends alone."""
+class RowFailed(JaxInferError):
+    """A defect that showed in one sample, which ends alone."""
+
+
+class NumericFailure(RowFailed):
+    """The model computed NaN or infinity for one sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(EngineClosed, "UNAVAILABLE", 503),
     StatusRow(StepFailed, "UNAVAILABLE", 503),
     StatusRow(NumericFailure, "DATA_LOSS", 500),
+    StatusRow(RowFailed, "INTERNAL", 500),
 )
 
 

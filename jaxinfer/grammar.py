@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
+from jaxinfer.fault_points import fault_point
 from jaxinfer.grammar_check import DEFAULT_BOUNDS, Bounds, GrammarCheck, first_problem
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.grammar_vocabulary import Vocabulary
@@ -137,6 +138,7 @@ class Grammars:
 
         Raises InvalidRequest for what cannot be compiled and Overloaded when too many are waiting.
         """
+        fault_point("grammar")
         future = self.submit(wanted)
         try:
             error = future.exception(MAX_WAIT_SECONDS)

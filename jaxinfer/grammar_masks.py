@@ -1,17 +1,20 @@
 """Masks of all rows of a step at once, on several threads."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxinfer.errors import GrammarFailed
+from jaxinfer.fault_points import fault_point
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.llguidance_binding import library
 
 if TYPE_CHECKING:
     import llguidance
+
+log = logging.getLogger(__name__)
 
 
 class MaskFiller:
@@ -24,7 +27,7 @@ class MaskFiller:
         self._num_threads = num_threads
 
     def fill(self, matchers: Sequence[Matcher | None], out: np.ndarray,
-             proposals: Sequence[Sequence[int]] | None = None) -> dict[int, GrammarFailed]:
+             proposals: Sequence[Sequence[int]] | None = None) -> dict[int, BaseException]:
         """Writes each row's mask; None is a row without a grammar, to which everything is allowed.
 
         out: u32 or i32[R, W]; with proposals, whose rows hold at most K tokens, [R, K + 1, W] as in
@@ -34,14 +37,19 @@ class MaskFiller:
         rows[:] = np.array(-1, np.int32).view(rows.dtype)
         drafts = [()] * len(matchers) if proposals is None else proposals
         quick = {row for row, matcher in enumerate(matchers) if matcher is not None and _is_quick(matcher)}
-        self._fill_quickly(matchers, rows, drafts, quick)
-        failed: dict[int, GrammarFailed] = {}
+        failed: dict[int, BaseException] = {}
+        try:
+            self._fill_quickly(matchers, rows, drafts, quick)
+        except BaseException:  # a panic: which row's it is, shows when they are asked one by one
+            log.exception("masks of %d rows failed; each is computed alone", len(quick))
+            quick = set()
         for row, matcher in enumerate(matchers):
             if matcher is None or (row in quick and not matcher.inner.is_error()):
                 continue
             try:
+                fault_point("mask")
                 matcher.fill_masks_along(drafts[row], rows[row])
-            except GrammarFailed as error:
+            except BaseException as error:  # of this row alone
                 failed[row] = error
                 rows[row] = np.array(-1, np.int32).view(rows.dtype)
         return failed
@@ -58,6 +66,7 @@ class MaskFiller:
                 along.append((matcher.inner, row * width, draft))
             else:
                 plain.append((matcher.inner, row * width))
+        fault_point("mask")
         address, mask_bytes = rows.ctypes.data, rows.shape[2] * rows.itemsize
         if plain:
             self._executor.unsafe_compute_mask_ptr(plain, address, mask_bytes, num_masks)

@@ -11,6 +11,7 @@ from typing import Any
 from jaxinfer import validation
 from jaxinfer.chat_template import ChatTemplate
 from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
+from jaxinfer.fault_points import fault_point
 from jaxinfer.grammar import Grammars
 from jaxinfer.model_files import read_json
 from jaxinfer.structured_output import check_combination, checked
@@ -102,6 +103,7 @@ class Intake:
         Waits for a grammar to be compiled, seconds at most. Raises InvalidRequest, TokenizerMissing or Overloaded.
         """
         request_id = uuid.uuid4().hex if request_id is None else request_id
+        fault_point("intake", request_id)
         validation.check_envelope(request_id, priority, cache_salt)
         ids = self.read(prompt).ids
         params = self._default_params(len(ids)) if params is None else params
@@ -152,6 +154,7 @@ class Intake:
         """Messages through the model's chat template. Raises InvalidRequest or TokenizerMissing."""
         if self.chat_template is None:
             raise TokenizerMissing("the model folder has no chat template; send a prompt instead of messages")
+        fault_point("template")
         text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         # The template writes the special tokens itself; adding them again would double the first one.
         return self._tokenize(text, add_special_tokens=False)
@@ -167,6 +170,7 @@ class Intake:
     def _tokenize(self, text: str, add_special_tokens: bool) -> Prompt:
         if self.tokenizer is None:
             raise TokenizerMissing("the model folder has no tokenizer; send token ids instead of text")
+        fault_point("tokenize")
         self.tokenizer.check_prompt_bytes(text, self.limits.max_tokens)
         return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)), text)
 

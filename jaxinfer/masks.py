@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from jaxinfer.errors import GrammarFailed
 from jaxinfer.grammar_masks import MaskFiller
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import StepPlan
@@ -15,7 +14,7 @@ class Masks:
         self._filler = MaskFiller()
 
     def of(self, plan: StepPlan, rows: list[Sequence], shape: tuple[int, ...], proposed: list[list[int]] | None
-           ) -> tuple[np.ndarray, dict[int, GrammarFailed]]:
+           ) -> tuple[np.ndarray, dict[int, BaseException]]:
         """i32[shape], everything allowed in rows without a grammar, and which rows' grammars failed.
 
         rows: of the plan, all of whose tokens are known but those that the plan itself samples. shape: [R, W], with

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from jaxinfer import startup
 from jaxinfer.assembly import Assembler
 from jaxinfer.core import Core
-from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
+from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded, RowFailed
 from jaxinfer.intake import Prompt
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
@@ -291,7 +291,7 @@ class _Batch:
     def _collect(self) -> Iterator[Request]:
         for chunk in self._inbox.chunks.get():
             assembler = self.assemblers[chunk.request_id]
-            if isinstance(chunk.error, GrammarFailed):  # this sample's alone: it ends with finish_reason "error"
+            if isinstance(chunk.error, GrammarFailed | RowFailed):  # this sample's: it ends with finish_reason "error"
                 log.warning("%s: %s", chunk.request_id, chunk.error)
                 chunk.error = None
             _feed(self._core, assembler, chunk)

@@ -84,6 +84,8 @@ SERVER_OPTIONS = (
     Option("token_file", file, None, "lines of TENANT TOKEN: calls need one of the tokens; read again when it changes"),
     Option("insecure", bool, False, "listen for other machines without TLS"),
     Option("stall_timeout", float, 60.0, "seconds after which a stream that is not read is ended"),
+    Option("hang_seconds", float, 45.0, "an engine that has work and brings nothing for so long is NOT_SERVING"),
+    Option("hang_exit_seconds", float, 300.0, "and after so long the process ends with status 1; 0: never"),
     Option("max_request_bytes", count, 4 * 1024**2, "largest request"),
     Option("max_metadata_bytes", count, 16 * 1024, "most metadata of a call"),
     Option("max_streams", count, 256, "calls that one connection runs at once"),

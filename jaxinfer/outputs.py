@@ -83,4 +83,4 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cancel_row: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from jaxinfer.books import Books
-from jaxinfer.committing import ending_of, take_in_chunks
+from jaxinfer.committing import ending_of, failure, nan_failure, take_in_chunks
 from jaxinfer.config import EngineConfig
 from jaxinfer.core import Load
 from jaxinfer.draft_lengths import DraftLengths
-from jaxinfer.errors import GrammarFailed, InvalidRequest, NumericFailure, StepFailed
+from jaxinfer.errors import GrammarFailed, InvalidRequest, StepFailed
+from jaxinfer.fault_points import fault_point
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.metrics import Metrics
 from jaxinfer.page_pool import PagePool
@@ -77,11 +78,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    @property
-    def num_in_flight(self) -> int:
-        """Plans neither committed nor dropped."""
-        return len(self._in_flight)
-
     def load(self) -> Load:
         """How busy the engine is; other threads may ask (copying a list is atomic)."""
         running, waiting = self._running.copy(), self._waiting.copy()
@@ -110,8 +106,9 @@ class Scheduler:
                 if index is None or seq.sample_index == index]
 
     def fail(self, seq: Sequence, error: Exception, now: float, ids: Iterable[int] = ()) -> TokenChunk:
-        """Ends a sample by an error of its own; its last chunk, with the tokens `ids`."""
-        chunk = self._end(seq, list(ids), "error", now)
+        """Ends a sample by an error of its own, if it has not; its last chunk, with the tokens `ids`."""
+        last = TokenChunk(seq.request_id, seq.sample_index, list(ids), finish_reason="error", stats=seq.stats)
+        chunk = last if seq.finished else self._end(seq, list(ids), "error", now)
         chunk.error = error
         return chunk
 
@@ -334,12 +331,15 @@ class Scheduler:
             if self._drafts:
                 seq.land()
             stops = count < plan.num_rounds or (ids[-1] in stop_ids)
-            if stops or len(tokens) > seq.quiet_until:
-                chunk = self._take_in(seq, ids, stops, now)
-            else:  # most rows of most steps
-                chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
-            if logprobs is not None and seq.num_logprobs is not None:
-                chunk.logprobs = [one.trimmed(seq.num_logprobs) for one in logprobs[row][:len(chunk.token_ids)]]
+            try:
+                if stops or len(tokens) > seq.quiet_until:
+                    chunk = self._take_in(seq, ids, stops, now)
+                else:  # most rows of most steps
+                    chunk = TokenChunk(seq.request_id, seq.sample_index, ids)
+                if logprobs is not None and seq.num_logprobs is not None:
+                    chunk.logprobs = [one.trimmed(seq.num_logprobs) for one in logprobs[row][:len(chunk.token_ids)]]
+            except BaseException as error:  # also a panic of a grammar's library: it is this row's problem only
+                chunk = self.fail(seq, failure(seq, error), now)
             chunks.append(chunk)
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
@@ -349,12 +349,11 @@ class Scheduler:
         self.metrics.nan_rows += 1
         self._sharing.distrust(seq)
         seq.tokens += ids
-        return self.fail(seq, NumericFailure(
-            f"the model computed NaN or infinity behind {len(seq.tokens)} tokens of this request; send it again, to "
-            "another server if it ends so again"), now, ids)
+        return self.fail(seq, nan_failure(seq), now, ids)
 
     def _take_in(self, seq: Sequence, ids: list[int], stops: bool, now: float) -> TokenChunk:
         """The chunk of a row's new tokens that end it or are its first since it started."""
+        fault_point("commit", seq.request_id)
         if seq.matcher is not None:
             chunk = self._match(seq, seq.matcher, ids, stops, now)
         elif stops or len(seq.tokens) > seq.end:

@@ -345,4 +345,4 @@ class TokenChunk:
     finish_reason: str | None = None
     stop_reason: int | None = None
     stats: RequestStats | None = None
-    error: Exception | None = field(default=None, repr=False)
+    error: BaseException | None = field(default=None, repr=False)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from jaxinfer.core import EngineHandle
 from jaxinfer.errors import EngineClosed
+from jaxinfer.fault_points import fault_point
 from jaxinfer.types import Request, TokenChunk
 from serve.doorbell import Doorbell
 from serve.tenant import current_tenant
@@ -55,6 +56,7 @@ class Stream:
             self.fail(chunk.error)  # the other samples with it
         elif chunk.index in self._running:
             try:
+                fault_point("consume", self.request.id)
                 self._news |= self._consume(chunk)
             except BaseException as error:  # also a panic of a Rust library: it is this request's problem only
                 self.fail(error)

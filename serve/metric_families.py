@@ -41,10 +41,10 @@ HISTOGRAMS = (
 )
 
 
-def families(core: Core | None, ended: Mapping[str, int]) -> Iterator[Family]:
-    """core: None while it loads. ended: calls by status."""
-    is_ready = core is not None and core.engine.alive
-    yield gauge("ready", "Whether a model is served (1), or loads or has died (0).", is_ready)
+def families(core: Core | None, ended: Mapping[str, int], *, hangs: bool = False) -> Iterator[Family]:
+    """core: None while it loads. ended: calls by status. hangs: whether the engine does."""
+    is_ready = core is not None and core.engine.alive and not hangs
+    yield gauge("ready", "Whether a model is served (1), or loads, hangs or has died (0).", is_ready)
     yield Family.by("jaxinfer_calls_total", "counter", "Calls that ended, by gRPC status: rejects, cancels, deadlines.",
                     "code", {**dict.fromkeys(CODES, 0), **ended}, {})
     if core is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxinfer.core import Core
 from jaxinfer.errors import EngineClosed, TokenizerMissing
+from jaxinfer.fault_points import fault_point
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, SamplingParams
 from serve.bridge import Bridge
@@ -31,6 +32,7 @@ class ServedCore:
         self.calls = Calls(logs_requests=logs_requests)
         self._core: Core | None = None
         self._bridge: Bridge | None = None
+        self._suspended: str | None = None
         self._refusal = "the model is still loading; wait until the health service says SERVING"
         self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, "jaxinfer-grammar-wait")
 
@@ -38,6 +40,14 @@ class ServedCore:
         """Begins to serve `core`."""
         self._core = core
         self._bridge = Bridge(core.engine, asyncio.get_running_loop())
+
+    def suspend(self, reason: str | None) -> None:
+        """Takes no calls until `suspend(None)`; those that run go on."""
+        self._suspended = reason
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._suspended is not None
 
     def refuse_new(self, reason: str) -> None:
         """Takes no more calls; those that run go on."""
@@ -59,11 +69,14 @@ class ServedCore:
         """The core and the way to its engine. Raises EngineClosed."""
         if self._core is None or self._bridge is None:
             raise EngineClosed(self._refusal)
+        if self._suspended is not None:
+            raise EngineClosed(self._suspended)
         return self._core, self._bridge
 
     async def request(self, prompt: Any, params: SamplingParams, *, request_id: str | None, priority: int = 0,
                       cache_salt: str = "") -> Request:
         """A validated request. Raises EngineClosed, InvalidRequest, TokenizerMissing or Overloaded."""
+        fault_point("receive", request_id or "")
         make = functools.partial(self.serving()[0].intake.request, prompt, params, request_id=request_id,
                                  priority=priority, cache_salt=cache_salt)
         if params.structured_outputs is not None:

@@ -38,6 +38,7 @@ from serve.services import SERVICE_NAME, GenerationService
 from serve.stalls import EndStalled
 from serve.tokens import Tokens
 from serve.vllm_metrics import vllm_families
+from serve.watchdog import LoopPulse, Watchdog, Watched
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,18 @@ ENGINE_CHECK_SECONDS = 0.5
 """How often the engine's thread is looked at: a dead one must not be SERVING for longer than about a second."""
 CLOSE_GRACE_SECONDS = 1.0
 """What calls get to send their last message once draining is over."""
+CLOSE_ENGINE_SECONDS = 30.0
+"""What the engine gets to end its step. One that hangs is left behind: the process ends around it."""
 
 
 class Server:
     """The server and its three states. Lives on one event loop; signals and threads are `serve`'s."""
 
-    def __init__(self, config: ServerConfig):
-        """Raises InvalidConfig where a file of tokens or certificates cannot be used."""
+    def __init__(self, config: ServerConfig, give_up: Callable[[], None] = lambda: None):
+        """give_up: ends the process once the engine or the loop has hung for hang_exit_seconds; called on a thread.
+
+        Raises InvalidConfig where a file of tokens or certificates cannot be used.
+        """
         self.config = config
         self.served = ServedCore(logs_requests=config.request_log)
         if config.request_log:
@@ -66,6 +72,10 @@ class Server:
         self._server = grpc.aio.server(interceptors=interceptors_of(config, self.served.calls.ended),
                                        options=config.channel_options())
         self._core: Core | None = None
+        self._give_up = give_up
+        self._watchdog: Watchdog | None = None
+        self.engine_hangs = False
+        """Whether `stop` has left the engine behind."""
         self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text)
         """Where Prometheus asks; None where nobody wanted it."""
 
@@ -95,14 +105,35 @@ class Server:
         """On a thread of the metrics' server: it copies counts and waits for nobody."""
         core, ended = self._core, self.served.calls.ended.copy()
         more = vllm_families(core) if core is not None and self.config.metrics_compat == "vllm" else ()
-        return text_of((*families(core, ended), *more))
+        return text_of((*families(core, ended, hangs=self.served.is_suspended), *more))
 
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
         self.served.attach(core)
         self.drafts.attach(core)
+        self._watchdog = self._watch(core)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def _watch(self, core: Core) -> Watchdog:
+        """A watchdog that runs."""
+        loop = asyncio.get_running_loop()
+
+        def suspend(reason: str | None) -> None:
+            asyncio.run_coroutine_threadsafe(self._suspend(reason), loop)
+
+        engine = Watched("engine", core.engine.progress, suspend, lambda: suspend(None))
+        # A loop that hangs answers no health check either; its stacks are what can be had of it.
+        itself = Watched("event loop", LoopPulse(loop.call_soon_threadsafe), lambda reason: None)
+        found = Watchdog([engine, itself], self.config.hang_seconds, self.config.hang_exit_seconds, self._give_up)
+        found.start()
+        return found
+
+    async def _suspend(self, reason: str | None) -> None:
+        """NOT_SERVING, and no new calls, for a reason that a client may read; as before without one."""
+        self.served.suspend(reason and f"{reason}; send the request elsewhere")
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.NOT_SERVING if reason else status.SERVING)
 
     async def stop(self, now: asyncio.Event | None = None) -> bool:
         """NOT_SERVING, no new calls, drain_seconds for the running ones (until `now` is set), then closes the engine.
@@ -116,13 +147,22 @@ class Server:
         self.served.fail_running("the server was stopped before the request was finished")
         await self._server.stop(CLOSE_GRACE_SECONDS if self.served.calls.num_running else 0)
         if self._core is not None:
-            await asyncio.to_thread(self._core.engine.close)
-            await asyncio.to_thread(self._core.intake.close)
+            await self._close_core(self._core)
+        if self._watchdog is not None:
+            self._watchdog.close()
         self.served.close()
         self.drafts.close()
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
         return drained
+
+    async def _close_core(self, core: Core) -> None:
+        try:
+            await asyncio.wait_for(asyncio.to_thread(core.engine.close), CLOSE_ENGINE_SECONDS)
+        except TimeoutError:
+            self.engine_hangs = True
+            log.critical("the engine did not end its step within %g s and is left behind", CLOSE_ENGINE_SECONDS)
+        await asyncio.to_thread(core.intake.close)
 
     async def _drain(self, now: asyncio.Event) -> bool:
         # Not by server.stop(grace): that would wait for endless calls like health's Watch, and refuse health checks.
@@ -247,7 +287,7 @@ def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
 
 
 async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None]) -> int:
-    server, stops, began = Server(config), Stops(), time.monotonic()
+    server, stops, began = Server(config, lambda: exit_now(1)), Stops(), time.monotonic()
     await server.start()
     for warning in config.warnings():
         log.warning(warning)
@@ -264,9 +304,10 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
     announce("the engine has died, the log has the reason; stopping" if died else
              f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
     drained = await server.stop(stops.now)
-    if loading.unfinished:
-        _exit_now()
-    return 0 if drained and not died else 1
+    status = 0 if drained and not died and not server.engine_hangs else 1
+    if loading.unfinished or server.engine_hangs:
+        exit_now(status)
+    return status
 
 
 async def _dies_first(core: Core, asked: "asyncio.Task[bool]") -> bool:
@@ -298,12 +339,13 @@ def settle_heap() -> None:
     gc.freeze()
 
 
-def _exit_now() -> None:
-    # A daemon thread inside XLA aborts the interpreter's own shutdown, so a stop while loading skips it. Nothing is
-    # lost: files are published by rename only.
+def exit_now(status: int) -> None:
+    """Without the interpreter's own shutdown, which a thread inside XLA would abort or hold up. Nothing is lost: files
+    are published by rename only.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _print_line(line: str) -> None:

@@ -30,6 +30,8 @@ class ServerConfig:
     tls_cert, tls_key: PEM files; with tls_client_ca clients need a certificate of these authorities.
     token_file: see `serve.tokens`; None asks for no tokens. insecure: listen for other machines without TLS.
     stall_timeout: seconds after which a stream that is not read is ended.
+    hang_seconds: after which an engine that has work and does not get on is NOT_SERVING: more than its longest step
+    takes. hang_exit_seconds: after which the process ends then, with status 1; 0: never.
     max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
     metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
     clients hold back more. max_calls: of all connections; more are refused.
@@ -47,6 +49,8 @@ class ServerConfig:
     token_file: str | None = None
     insecure: bool = False
     stall_timeout: float = 60.0
+    hang_seconds: float = 45.0
+    hang_exit_seconds: float = 300.0
     max_request_bytes: int = MAX_REQUEST_BYTES
     max_metadata_bytes: int = 16 * 1024
     max_streams: int = 256
@@ -67,6 +71,11 @@ class ServerConfig:
             raise InvalidConfig("drain_seconds", f"must be at least 0 and finite, got {self.drain_seconds}")
         if not 0 < self.stall_timeout < math.inf:
             raise InvalidConfig("stall_timeout", f"must be over 0 and finite, got {self.stall_timeout}")
+        if not 0 < self.hang_seconds < math.inf:
+            raise InvalidConfig("hang_seconds", f"must be over 0 and finite, got {self.hang_seconds}")
+        if self.hang_exit_seconds and not self.hang_seconds <= self.hang_exit_seconds < math.inf:
+            raise InvalidConfig("hang_exit_seconds", f"must be finite and at least hang_seconds, {self.hang_seconds}, "
+                                f"or 0 for never, got {self.hang_exit_seconds}")
         for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
             if not 1 <= getattr(self, name) <= INT32_MAX:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")

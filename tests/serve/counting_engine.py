@@ -104,6 +104,9 @@ class CountingEngine:
         self.fail(StepFailed("3 device steps failed"))
         self.close()
 
+    def progress(self) -> int | None:
+        return self.num_steps if self.rows else None
+
     def load(self) -> Load:
         return Load(len(self.rows), 0, 0, 3, 2, 64)
 

@@ -1,4 +1,6 @@
-"""The real scheduler, pages and engine thread around a device that counts in Python: next token is last + 1."""
+"""The real scheduler, pages and engine thread around a device that counts in Python: next token is last + 1, or where
+a grammar forbids that the first that it allows.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +15,11 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.core import Core
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
-from jaxinfer.executor import InFlight
+from jaxinfer.executor import InFlight, Unfinished
+from jaxinfer.grammar_matcher import allows
 from jaxinfer.page_pool import PagePool
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.types import StepPlan, StepResult
+from jaxinfer.types import StepPlan, StepResult, mask_width
 
 PAGE_SIZE = 8
 
@@ -40,17 +43,26 @@ class CountingRunner:
     def dispatch(self, plan: StepPlan) -> InFlight:
         for init in plan.init_rows:
             self._rows[init.slot] = _Row(0, init.tokens_left, init.stop_ids)
+        for slot, known in zip(plan.slots, plan.tokens, strict=True):
+            self._rows[slot].last = known[-1] if known else self._rows[slot].last
+        if plan.constrained:
+            shape = (len(plan.slots), mask_width(VOCAB_SIZE))
+            return InFlight(plan, None, [], Unfinished((), (), shape))
+        return InFlight(plan, self._sampled(plan, None), [])
+
+    def _sampled(self, plan: StepPlan, masks: np.ndarray | None) -> list[list[int]]:
         tokens: list[list[int]] = [[] for _ in plan.slots]
-        for row, (slot, known, samples) in enumerate(zip(plan.slots, plan.tokens, plan.samples, strict=True)):
+        for row, (slot, samples) in enumerate(zip(plan.slots, plan.samples, strict=True)):
             state = self._rows[slot]
-            state.last = known[-1] if known else state.last
             for _ in range(plan.num_rounds if samples else 0):
                 if state.left:
-                    tokens[row].append(self._next(state))
-        return InFlight(plan, tokens, [])
+                    tokens[row].append(self._next(state, None if masks is None else masks[row]))
+        return tokens
 
-    def _next(self, row: _Row) -> int:
-        row.last = (row.last + 1) % VOCAB_SIZE
+    def _next(self, row: _Row, mask: np.ndarray | None) -> int:
+        wanted = (row.last + 1) % VOCAB_SIZE
+        row.last = wanted if mask is None or allows(mask, wanted) else next(
+            id for id in range(VOCAB_SIZE) if allows(mask, id))
         row.left = 0 if row.last in row.stop_ids else row.left - 1
         return row.last
 
@@ -64,7 +76,7 @@ class CountingRunner:
         return None
 
     def sample(self, step: InFlight, masks: np.ndarray) -> None:
-        raise AssertionError("no request here has a grammar")
+        step.result = self._sampled(step.plan, masks)
 
 
 def paged_core(**limits: Any) -> Core:

@@ -1,0 +1,114 @@
+"""Tells an engine, or an event loop, that hangs from one that is busy: the busy one gets on.
+
+A thread of its own looks at numbers that change whenever something was done. It counts the time in its own looks, so
+that a process that was stopped or starved meanwhile does not appear to have hung.
+"""
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between two looks."""
+
+Progress = Callable[[], int | None]
+"""A number that changes whenever there was progress; None while there is nothing to do."""
+
+
+@dataclass
+class Watched:
+    """What must get on.
+
+    stuck: called once it has not for the watchdog's seconds, with a text that says so; freed: when it gets on again.
+    Both on the watchdog's thread.
+    """
+
+    name: str
+    progress: Progress
+    stuck: Callable[[str], None]
+    freed: Callable[[], None] = lambda: None
+    seconds: float = 0.0
+    """For which it has not got on."""
+    is_stuck: bool = False
+    _last: int | None = field(default=None, init=False)
+
+    def look(self, passed: float, limit: float) -> None:
+        """passed: seconds since the last look."""
+        now = self.progress()
+        self.seconds = self.seconds + passed if now is not None and now == self._last else 0.0
+        self._last = now
+        if self.is_stuck and not self.seconds:
+            self.is_stuck = False
+            log.warning("the %s gets on again", self.name)
+            self.freed()
+        elif not self.is_stuck and self.seconds >= limit:
+            self.is_stuck = True
+            text = f"the {self.name} has work and has not got on for {self.seconds:.0f} s, the limit is {limit:g} s"
+            log.critical("%s; what all threads do:\n%s", text, stacks())
+            self.stuck(text)
+
+
+class Watchdog:
+    """seconds: after which something that has not got on is stuck. exit_seconds: after which `give_up` is called, on
+    the watchdog's thread; 0 is never.
+    """
+
+    def __init__(self, watched: list[Watched], seconds: float, exit_seconds: float = 0.0,
+                 give_up: Callable[[], None] = lambda: None):
+        self._watched = watched
+        self._seconds = seconds
+        self._exit_seconds = exit_seconds
+        self._give_up = give_up
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jaxinfer-watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def look(self, passed: float) -> None:
+        """What the thread does every LOOK_SECONDS."""
+        for one in self._watched:
+            one.look(passed, self._seconds)
+            if self._exit_seconds and one.seconds >= self._exit_seconds:
+                log.critical("the %s has not got on for %.0f s; the process ends", one.name, one.seconds)
+                self._give_up()
+
+    def _run(self) -> None:
+        interval = min(LOOK_SECONDS, self._seconds / 4)
+        before = time.monotonic()
+        while not self._ended.wait(interval):
+            now = time.monotonic()
+            self.look(min(now - before, 2 * interval))
+            before = now
+
+
+class LoopPulse:
+    """Progress of an event loop: how many of the calls that it was asked to make it has made."""
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], object]):
+        """call_soon: `call_soon_threadsafe` of the loop."""
+        self._call_soon = call_soon
+        self._beats = 0
+
+    def __call__(self) -> int | None:
+        self._call_soon(self._beat)
+        return self._beats
+
+    def _beat(self) -> None:
+        self._beats += 1
+
+
+def stacks() -> str:
+    """Of all threads, as a traceback has them."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+                     for ident, frame in sys._current_frames().items())

@@ -1,0 +1,124 @@
+"""A hang is told from work: health, new calls and the process follow it, and stacks are in the log."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from paged_engine import held, paged_core
+from serving import Served, eventually, serving
+
+from serve.watchdog import LoopPulse, Watchdog, Watched
+
+LIMIT = 10.0
+
+
+class Seen(list[str]):
+    """What a watchdog says of one thing."""
+
+    def watched(self, progress) -> Watched:
+        return Watched("thing", progress, self.append, lambda: self.append("freed"))
+
+
+def looks(watchdog: Watchdog, number: int) -> None:
+    for _ in range(number):
+        watchdog.look(1.0)
+
+
+def test_what_gets_on_is_never_stuck_however_busy():
+    seen, numbers = Seen(), count()
+    looks(Watchdog([seen.watched(lambda: next(numbers))], LIMIT), 1000)
+    assert not seen
+
+
+def test_what_gets_on_seldom_enough_is_stuck_and_freed_when_it_does():
+    seen, done = Seen(), [7]
+    watchdog = Watchdog([seen.watched(lambda: done[0])], LIMIT)
+    looks(watchdog, 10)  # the first look sees the number, nine see it again
+    assert not seen
+    looks(watchdog, 50)
+    assert [text.startswith("the thing has work and has not got on for 10 s") for text in seen] == [True]
+    done[0] += 1
+    looks(watchdog, 1)
+    assert seen[1:] == ["freed"]
+
+
+def test_what_has_nothing_to_do_is_not_stuck_and_what_ends_so_is_freed():
+    seen, progress = Seen(), [None]
+    watchdog = Watchdog([seen.watched(lambda: progress[0])], LIMIT)
+    looks(watchdog, 100)
+    assert not seen
+    progress[0] = 3  # pyright: ignore[reportArgumentType]
+    looks(watchdog, 11)
+    progress[0] = None
+    looks(watchdog, 1)
+    assert seen[1:] == ["freed"]
+
+
+def test_it_gives_up_in_time_and_for_what_hangs_only():
+    numbers, given_up = count(), []
+    watched = [Seen().watched(lambda: next(numbers)), Seen().watched(lambda: 3)]
+    watchdog = Watchdog(watched, LIMIT, 30.0, lambda: given_up.append(watched[1].seconds))
+    looks(watchdog, 30)
+    assert not given_up
+    looks(watchdog, 1)
+    assert given_up == [30.0]
+
+
+def test_a_loop_gets_on_while_it_makes_the_calls_that_it_is_asked_to_make():
+    asked = []
+    pulse, seen = LoopPulse(asked.append), Seen()
+    watchdog = Watchdog([seen.watched(pulse)], LIMIT)
+    for _ in range(50):
+        looks(watchdog, 1)
+        while asked:
+            asked.pop()()
+    assert not seen
+    looks(watchdog, 20)
+    assert len(seen) == 1
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with serving(paged_core(), hang_seconds=0.2) as found:
+        yield found
+
+
+def health_of(served: Served, service: str = "") -> int:
+    with grpc.insecure_channel(served.server.address) as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service)).status
+
+
+def test_health_follows_the_engine_and_streams_go_on_behind_a_hang(served: Served, caplog):
+    """What runs is not given up: the step may end after all."""
+    status = health_pb2.HealthCheckResponse
+    names = ["", "jaxinfer.v1.GenerationService", *served.server.gateway_services]
+    assert served.core is not None
+    with caplog.at_level(logging.WARNING, "serve.watchdog"):
+        with held(served.core):
+            stream = served.client.stream([1], max_tokens=9, temperature=0.0)
+            eventually(lambda: {health_of(served, name) for name in names} == {status.NOT_SERVING})
+            with pytest.raises(grpc.RpcError) as refused:
+                served.client.generate([1], max_tokens=1)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # pyright: ignore[reportAttributeAccessIssue]
+            assert "engine has work and has not got on" in str(refused.value)
+        eventually(lambda: {health_of(served, name) for name in names} == {status.SERVING})
+    assert [token for delta in stream for token in delta.token_ids] == list(range(2, 11))
+    assert served.client.generate([1], max_tokens=1).token_ids
+    hung, *_, freed = (record.getMessage() for record in caplog.records)
+    assert "jaxinfer-engine:" in hung and "gate.wait" in hung, "the stack of the thread that hangs"
+    assert freed == "the engine gets on again"
+
+
+def test_a_process_whose_engine_hangs_for_good_ends():
+    script = Path(__file__).parent / "serve_hanging.py"
+    command = [sys.executable, script, "0.4", "1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ready on" in done.stdout and "the engine has not got on for 1 s; the process ends" in done.stderr
+    assert "threading.Event().wait()" in done.stderr
