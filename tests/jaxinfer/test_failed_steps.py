@@ -1,0 +1,66 @@
+"""Device steps that raise inside of the compiled program, under load: the donated pages are gone, the answers are not."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from counting import VOCAB, counted, new_engine, new_executor, request, small_config
+from counting_mixes import ids_of, run
+
+from jaxinfer.compile_counter import CompileCounter
+from jaxinfer.testing import CountingModel
+
+
+@dataclass(eq=False)
+class Fuse:
+    """Blows at the given passes of a forward, counted from 0."""
+
+    at: set[int] = field(default_factory=set)
+    passes: int = 0
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        self.passes += 1
+        if self.passes - 1 in self.at:
+            raise RuntimeError("the device is gone")
+        return tokens
+
+
+@dataclass(frozen=True)
+class Fused(CountingModel):
+    fuse: Fuse = field(default_factory=Fuse, hash=False, compare=False)
+
+    def forward(self, params, tokens, positions, kv_pages, rows, *, max_q_len):
+        tokens = jax.pure_callback(self.fuse, jax.ShapeDtypeStruct(tokens.shape, jnp.int32), tokens)
+        return super().forward(params, tokens, positions, kv_pages, rows, max_q_len=max_q_len)
+
+
+@pytest.fixture(scope="module")
+def model() -> Fused:
+    return Fused(VOCAB)
+
+
+@pytest.fixture(scope="module")
+def executor(model):
+    return new_executor(small_config(), model)
+
+
+@pytest.mark.parametrize("at", [{0}, {3}, {2, 9}, {4, 5}])
+def test_rows_are_replayed_from_their_tokens_and_match(at, executor, model):
+    """More requests than slots: some wait, some have begun, some are preempted when it happens."""
+    engine = new_engine(executor)
+    model.fuse.at, model.fuse.passes = at, 0
+    requests = [request(str(index), range(index * 20, index * 20 + 3 + 9 * (index % 3)), 25, arrival=float(index),
+                        temperature=float(index % 2)) for index in range(9)]
+    for one in requests:
+        engine.add(one)
+    lost = executor._state.kv_pages
+    compiles = CompileCounter()
+    chunks = run(engine)
+    assert model.fuse.passes > max(at), "it has happened"
+    assert engine.scheduler.metrics.failed_steps == len(at)
+    assert {one.id: ids_of(chunks[one.id, 0]) for one in requests} == {one.id: counted(one) for one in requests}
+    assert lost.is_deleted() and not executor._state.kv_pages.is_deleted()
+    assert compiles.count == 0, compiles.names
+    compiles.close()
