@@ -1,4 +1,4 @@
-"""Device steps that raise inside of the compiled program, under load: the donated pages are gone, the answers are not."""
+"""Device steps that raise inside of the compiled program, under load: the donated pages are gone, no answer is."""
 
 from dataclasses import dataclass, field
 
