@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
-from serve import request_log
+from serve import request_log, service_manager
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
@@ -263,6 +263,7 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
         died = await _dies_first(loading.done.result(), asked)
     announce("the engine has died, the log has the reason; stopping" if died else
              f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
+    service_manager.tell(service_manager.STOPPING)
     drained = await server.stop(stops.now)
     if loading.unfinished:
         _exit_now()
@@ -289,6 +290,7 @@ async def _become_ready(server: Server, loading: Loading, announce: Callable[[st
     info, services = core.info, " and ".join((SERVICE_NAME, *server.gateway_services))
     announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
              f"{info.dtype}), after {time.monotonic() - began:.1f} s; serves {services}")
+    service_manager.tell(service_manager.READY)
 
 
 def settle_heap() -> None:
