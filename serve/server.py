@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.runtime_version import VersionError
@@ -26,6 +27,7 @@ from serve import request_log, service_manager
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
+from serve.ended_request import Observer
 from serve.exposition import text_of
 from serve.malformed import RefuseMalformed
 from serve.metric_families import families
@@ -38,6 +40,9 @@ from serve.services import SERVICE_NAME, GenerationService
 from serve.stalls import EndStalled
 from serve.tokens import Tokens
 from serve.vllm_metrics import vllm_families
+
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +58,8 @@ class Server:
     def __init__(self, config: ServerConfig):
         """Raises InvalidConfig where a file of tokens or certificates cannot be used."""
         self.config = config
-        self.served = ServedCore(logs_requests=config.request_log)
-        if config.request_log:
-            request_log.to_standard_error()
+        self.tracing = tracing_of(config)
+        self.served = ServedCore(observers_of(config, self.tracing))
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
         self.gateway_services: tuple[str, ...] = ()
@@ -100,6 +104,8 @@ class Server:
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
+        if self.tracing is not None:
+            self.tracing.model = core.info.name
         self.served.attach(core)
         self.drafts.attach(core)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -120,6 +126,8 @@ class Server:
             await asyncio.to_thread(self._core.intake.close)
         self.served.close()
         self.drafts.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
         return drained
@@ -175,6 +183,27 @@ def tls_of(config: ServerConfig) -> ServerTls | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
     return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def tracing_of(config: ServerConfig) -> "Tracing | None":
+    """Raises InvalidConfig where spans are wanted and the packages of the extra `otel` are missing."""
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from serve.tracing import to_collector
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "opentelemetry":
+            raise
+        raise InvalidConfig("otlp_endpoint", f"needs packages that are not installed ({error.name}): "
+                            "pip install 'jaxinfer[otel]', or leave it out") from None
+    return to_collector(config.otlp_endpoint)
+
+
+def observers_of(config: ServerConfig, tracing: "Tracing | None") -> tuple[Observer, ...]:
+    """Who is told of each request that ends."""
+    if config.request_log:
+        request_log.to_standard_error()
+    return ((request_log.write,) if config.request_log else ()) + (() if tracing is None else (tracing.record,))
 
 
 def interceptors_of(config: ServerConfig, ended: Counter[str]) -> tuple[grpc.aio.ServerInterceptor, ...]:
