@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve.generation import Generation
@@ -12,7 +12,7 @@ from serve.generation import Generation
 class EndedRequest:
     """method: "package.Service/Method". request_id: the client's, "" if it has none. code: the name of the gRPC status.
 
-    began: time.monotonic() of the call's start. metadata: the client's, as gRPC gives it. generation: None if the
+    began: time.monotonic() of the call's start. metadata: the client's, its token included. generation: None if the
     request was refused before it could be read.
     """
 
@@ -21,7 +21,7 @@ class EndedRequest:
     tenant: str
     code: str
     began: float
-    metadata: Iterable[tuple[str, Any]]
+    metadata: Iterable[tuple[str, Any]] = field(repr=False)
     generation: Generation | None
 
     @property

@@ -41,9 +41,8 @@ MAX_NAME = 128
 TRACE_HEADERS = ("traceparent", "tracestate")
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Statuses that make a server's span an error; the others are answers to what the client did."""
-REQUEST_FIELDS = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p",
-                  "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty", "seed": "seed"}
-"""Fields of SamplingParams and what the conventions call them behind `gen_ai.request.`."""
+REQUEST_FIELDS = ("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
+"""Fields of SamplingParams that the conventions have under the same names."""
 
 Attributes = dict[str, Any]
 
@@ -150,7 +149,7 @@ def request_attributes(ended: EndedRequest, generation: Generation, model: str) 
 
 
 def params_attributes(params: SamplingParams) -> Attributes:
-    values = ((theirs, getattr(params, ours)) for ours, theirs in REQUEST_FIELDS.items())
+    values = ((name, getattr(params, name)) for name in REQUEST_FIELDS)
     found: Attributes = {f"gen_ai.request.{name}": value for name, value in values if value is not None}
     if params.top_k > 0:
         found["gen_ai.request.top_k"] = params.top_k
