@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from jaxinfer.child_process import NotReady, Worker, limit_memory, send
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError
+from jaxinfer.request_limits import RequestLimits
 from jaxinfer.validation import check_text, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,6 +37,11 @@ class Bounds:
     seconds: float = 2.0
     output_bytes: int = 16 * 1024 * 1024
     memory_bytes: int = 384 * 1024 * 1024
+
+
+def render_bounds(limits: RequestLimits) -> Bounds:
+    """Those of a render, by what an operator allows."""
+    return Bounds(seconds=limits.template_seconds, output_bytes=limits.max_template_bytes)
 
 
 class ChatTemplate:

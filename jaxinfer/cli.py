@@ -24,10 +24,12 @@ from jaxinfer.options import (
     DOCTOR_OPTIONS,
     ENGINE_OPTIONS,
     SERVER_OPTIONS,
+    add_limit_options,
     add_sampling_options,
     checked_sampling,
     count,
     given,
+    given_limits,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def serve(args: argparse.Namespace) -> int:
     from jaxinfer.start_options import Options
     from serve import server
 
-    Options(model=model_of(args), **given(args, ENGINE_OPTIONS)).validate()  # before a port is taken
+    Options(model=model_of(args), **given(args, ENGINE_OPTIONS), **given_limits(args)).validate()  # then takes a port
     config = server.ServerConfig(**given(args, SERVER_OPTIONS))
     return server.serve(lambda: make_llm(args).core, config)
 
@@ -165,7 +167,8 @@ def doctor(args: argparse.Namespace) -> int:
 def make_llm(args: argparse.Namespace) -> "LLM":
     from jaxinfer import LLM
 
-    return LLM(model_of(args), **given(args, ENGINE_OPTIONS), quiet=getattr(args, "quiet", False))
+    chosen = given(args, ENGINE_OPTIONS) | given_limits(args)
+    return LLM(model_of(args), **chosen, quiet=getattr(args, "quiet", False))
 
 
 def model_of(args: argparse.Namespace) -> str:
@@ -294,16 +297,14 @@ def add_chat(commands: Any) -> None:
 
 def add_serve(commands: Any) -> None:
     parser = add_command(
-        commands,
-        serve,
-        "[MODEL]",
-        "serve a model over gRPC until SIGTERM",
+        commands, serve, "[MODEL]", "serve a model over gRPC until SIGTERM",
         "jaxinfer serve ~/models/Qwen3-0.6B --port 50051",
-    )
+    )  # fmt: skip
     add_model(parser)
     group = parser.add_argument_group("server")
     for option in SERVER_OPTIONS:
         option.add_to(group)
+    add_limit_options(parser)
     add_engine_options(parser)
 
 

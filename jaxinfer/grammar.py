@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloaded
 from jaxinfer.fault_points import fault_point
-from jaxinfer.grammar_check import DEFAULT_BOUNDS, Bounds, GrammarCheck, first_problem
+from jaxinfer.grammar_check import Bounds, GrammarCheck, first_problem
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.grammar_vocabulary import Vocabulary
 from jaxinfer.llguidance_binding import grammar_text, library, make_matcher, make_tokenizer, problem_of
+from jaxinfer.request_limits import DEFAULT_LIMITS, RequestLimits
 from jaxinfer.structured_output import FIELD, checked
 from jaxinfer.types import StructuredOutput
 
@@ -100,11 +101,12 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: "Tokenizer | None", vocab_size: int, eos_ids: Sequence[int],
-                 bounds: Bounds = DEFAULT_BOUNDS):
+                 bounds: Bounds | None = None, limits: RequestLimits = DEFAULT_LIMITS):
         self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = tuple(eos_ids)
-        self._bounds = bounds
+        self._limits = limits
+        self._bounds = bounds or Bounds(seconds=limits.grammar_seconds)
         self._lock = threading.Lock()
         self._building = threading.RLock()
         self._kept: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
@@ -152,7 +154,7 @@ class Grammars:
 
     def submit(self, wanted: StructuredOutput) -> "Future[CompiledGrammar]":
         """The same without waiting. Raises at once what `compile` would raise at once."""
-        wanted = checked(wanted)
+        wanted = checked(wanted, self._limits)
         _ = self._vocabulary
         library()
         with self._lock:

@@ -87,7 +87,7 @@ class Intake:
         self.limits = replace(limits, has_tokenizer=tokenizer is not None,
                               eos_token_ids=self.defaults.eos_token_ids or limits.eos_token_ids)
         self.chat_template = chat_template
-        self._grammars = Grammars(tokenizer, limits.vocab_size, self.limits.eos_token_ids)
+        self._grammars = Grammars(tokenizer, limits.vocab_size, self.limits.eos_token_ids, limits=limits.request)
         self._seeds = seeds or random.Random()  # noqa: S311 (noise for sampling, no secret)
         if any(not 0 <= id < limits.vocab_size for id in self.limits.eos_token_ids):
             raise ModelFormatError(f"{self.defaults.eos_source}: eos_token_id {list(self.limits.eos_token_ids)} is not "
@@ -110,7 +110,7 @@ class Intake:
         validation.validate(ids, params, self.limits)
         params = validation.normalise(params)
         if params.structured_outputs is not None:
-            params = replace(params, structured_outputs=checked(params.structured_outputs))
+            params = replace(params, structured_outputs=checked(params.structured_outputs, self.limits.request))
             check_combination(params)
         stop_ids = validation.stop_ids(params, self.limits)
         rules = rules_of(params, stop_ids, self.limits.vocab_size, self._encode_plain)

@@ -20,6 +20,7 @@ from jaxinfer.errors import EngineClosed, GrammarFailed, InvalidRequest, Overloa
 from jaxinfer.intake import Prompt
 from jaxinfer.outputs import Delta, RequestOutput
 from jaxinfer.prompt_logits import prompt_logits
+from jaxinfer.request_limits import DEFAULT_LIMITS, RequestLimits
 from jaxinfer.start_options import Options
 from jaxinfer.types import Request, SamplingParams, TokenChunk
 from jaxinfer.validation import checked_scored, shown
@@ -71,7 +72,7 @@ class LLM:
       max_waiting, max_waiting_tokens: requests that may queue, and prompt tokens of those without a token so far.
       attention: name of the attention implementation; None takes the best that serves the model.
       int8_matmul: name of the int8 matmul's implementation for every size; None takes the best for each.
-      compile_cache: folder of the persistent compile cache, or "off".
+      compile_cache: folder of the persistent compile cache, or "off". request_limits: what one request may ask for.
       quiet: no progress bars and no start report.
 
     Raises:
@@ -80,26 +81,25 @@ class LLM:
 
     def __init__(
         self, model: str, *, tokenizer: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        kv_cache_dtype: str = "auto", max_model_len: int | None = None,
-        max_num_seqs: int = 64, max_num_batched_tokens: int = 2048, page_size: int | None = None,
-        block_size: int | None = None, num_pages: int | None = None, gpu_memory_utilization: float = 0.9,
-        tensor_parallel_size: int = 1, speculation: str | None = None, draft_model: str | None = None,
-        draft_address: str | None = None, trust_draft_probs: bool = False, num_speculative_tokens: int = 4,
-        enable_prefix_caching: bool = True, seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096,
-        max_waiting_tokens: int = 4_194_304, attention: str | None = None, int8_matmul: str | None = None,
-        compile_cache: str | None = None, quiet: bool = False,
+        kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048, page_size: int | None = None, block_size: int | None = None,
+        num_pages: int | None = None, gpu_memory_utilization: float = 0.9, tensor_parallel_size: int = 1,
+        speculation: str | None = None, draft_model: str | None = None, draft_address: str | None = None,
+        trust_draft_probs: bool = False, num_speculative_tokens: int = 4, enable_prefix_caching: bool = True,
+        seed: int = 0, max_decode_rounds: int = 8, max_waiting: int = 4096, max_waiting_tokens: int = 4_194_304,
+        attention: str | None = None, int8_matmul: str | None = None, compile_cache: str | None = None,
+        request_limits: RequestLimits = DEFAULT_LIMITS, quiet: bool = False,
     ):
         options = Options(
             model=str(model), tokenizer=_as_path(tokenizer), dtype=dtype, quantization=quantization,
-            kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size),
-            num_pages=num_pages, gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size, speculation=speculation, draft_model=_as_path(draft_model),
-            draft_address=draft_address, trust_draft_probs=trust_draft_probs,
-            num_speculative_tokens=num_speculative_tokens, enable_prefix_caching=enable_prefix_caching,
-            max_decode_rounds=max_decode_rounds, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
-            seed=seed, attention=attention, int8_matmul=int8_matmul, compile_cache=_as_path(compile_cache),
-            show_progress=not quiet)
+            kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, num_pages=num_pages,
+            max_num_batched_tokens=max_num_batched_tokens, page_size=_page_size(page_size, block_size), seed=seed,
+            gpu_memory_utilization=gpu_memory_utilization, tensor_parallel_size=tensor_parallel_size,
+            speculation=speculation, draft_model=_as_path(draft_model), draft_address=draft_address,
+            trust_draft_probs=trust_draft_probs, num_speculative_tokens=num_speculative_tokens,
+            enable_prefix_caching=enable_prefix_caching, max_decode_rounds=max_decode_rounds, max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens, attention=attention, int8_matmul=int8_matmul,
+            compile_cache=_as_path(compile_cache), request_limits=request_limits, show_progress=not quiet)
         started = startup.start(options, say=_silence if quiet else print)
         self.core: Core = started.core
         self.report = started.report

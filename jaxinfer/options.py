@@ -94,8 +94,26 @@ SERVER_OPTIONS = (
     Option("metrics_host", str, "127.0.0.1", "address of that port; what holds for --host holds for it"),
     Option("metrics_compat", str, None, "vllm: show the metrics under vLLM's names too (default: ours alone)"),
     Option("request_log", bool, False, "a line of JSON on standard error for each request: counts, times, no text"),
+    Option("otlp_endpoint", str, None, "http(s)://host:port of an OpenTelemetry collector for spans (default: none)"),
 )
 """Arguments of serve.server_config.ServerConfig; a test compares names and defaults with it."""
+
+LIMIT_OPTIONS = (
+    Option("max_n", count, 16, "samples of a request"),
+    Option("max_stops", count, 16, "stop strings"),
+    Option("max_stop_bytes", count, 256, "bytes of a stop string"),
+    Option("max_logprobs", count, 20, "log-probabilities at each position, at most 20"),
+    Option("max_logit_bias", count, 300, "ids in logit_bias"),
+    Option("max_bad_words", count, 32, "bad words, at most 32"),
+    Option("max_schema_bytes", count, 64 * 1024, "bytes of a JSON schema"),
+    Option("max_grammar_bytes", count, 64 * 1024, "bytes of a grammar"),
+    Option("max_regex_bytes", count, 16 * 1024, "bytes of a regular expression"),
+    Option("max_choices", count, 1024, "choices to choose an output from"),
+    Option("grammar_seconds", float, 2.0, "what compiling a schema, grammar, expression or choice may take"),
+    Option("template_seconds", float, 2.0, "what rendering a chat may take"),
+    Option("max_template_bytes", count, 16 * 1024**2, "bytes of a rendered chat"),
+)
+"""Fields of request_limits.RequestLimits; a test compares names and defaults with it."""
 
 DOCTOR_OPTIONS = tuple(
     option for option in ENGINE_OPTIONS
@@ -175,6 +193,21 @@ def _read(file: str) -> str:
             return stream.read()
         except UnicodeDecodeError as error:
             raise InvalidRequest(file, f"is not UTF-8 text: {error}") from None
+
+
+def add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """What `given_limits` reads."""
+    group = parser.add_argument_group("limits of a request", "more is refused with INVALID_ARGUMENT")
+    for option in LIMIT_OPTIONS:
+        option.add_to(group)
+
+
+def given_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """`request_limits`, if the command has such options and one of them was given. Raises InvalidConfig."""
+    from jaxinfer.request_limits import RequestLimits
+
+    chosen = given(args, LIMIT_OPTIONS) if hasattr(args, LIMIT_OPTIONS[0].name) else {}
+    return {"request_limits": RequestLimits(**chosen)} if chosen else {}
 
 
 def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxinfer.errors import InvalidConfig
+from jaxinfer.request_limits import DEFAULT_LIMITS, RequestLimits
 
 INT32_MAX = 2**31 - 1
 """Sizes become i32 on the device."""
@@ -55,6 +56,7 @@ class Options:
     attention: str | None = None
     int8_matmul: str | None = None
     compile_cache: str | None = None
+    request_limits: RequestLimits = DEFAULT_LIMITS
     show_progress: bool = True
 
     @property

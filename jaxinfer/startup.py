@@ -28,7 +28,7 @@ from jaxinfer import (
     steps,
 )
 from jaxinfer.batch import Batcher
-from jaxinfer.chat_template import ChatTemplate
+from jaxinfer.chat_template import ChatTemplate, render_bounds
 from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
@@ -120,7 +120,7 @@ def start(options: Options, say: Callable[[str], None] = lambda line: None) -> S
     drafts = measured_drafts(executor, config, say)
     engine = make_engine(executor, config, drafts, remote_drafts(options, model.vocab_size))
     limits = Limits(vocab_size=model.vocab_size, max_model_len=max_model_len,
-                    max_kv_tokens=config.num_pages * config.page_size)
+                    max_kv_tokens=config.num_pages * config.page_size, request=options.request_limits)
     intake = Intake(tokenizer, limits, defaults, chat_template=template,
                     seeds=random.Random(options.seed))  # noqa: S311 (reproducible, not secret)
     if config.grammars:
@@ -213,7 +213,8 @@ def read_text_files(options: Options, folder: Path) -> tuple[Tokenizer | None, C
     if tokenizer.chat_template is None:
         return tokenizer, None
     try:
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens,
+                                bounds=render_bounds(options.request_limits))
         template.start()  # a template that does not compile is an error of the start, not of the first chat
     except ModelFormatError as error:
         raise ModelFormatError(f"{source}: {error}") from error

@@ -10,16 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
+from jaxinfer.request_limits import DEFAULT_LIMITS, RequestLimits
 from jaxinfer.types import STRUCTURED_KINDS, SamplingParams, StructuredOutput
 from jaxinfer.validation import check_text, shown
 
 FIELD = "structured_outputs"
-MAX_SCHEMA_BYTES = 64 * 1024
-"""Of canonical JSON text. Time to compile and memory grow with the text; schemas in the wild are mostly under 10 kB."""
-MAX_GRAMMAR_BYTES = 64 * 1024
-"""A grammar of a programming language takes 10 to 40 kB."""
-MAX_REGEX_BYTES = 16 * 1024
-MAX_CHOICES = 1024
 MAX_CHOICE_BYTES = 64 * 1024
 """All choices together: they become one expression."""
 MAX_DEPTH = 64
@@ -28,7 +23,7 @@ LIBRARY_OPTIONS = "x-guidance"
 """A schema's key for options of the library; some of them make output that is no JSON or ignores the schema."""
 
 
-def checked(value: Any) -> StructuredOutput:
+def checked(value: Any, limits: RequestLimits = DEFAULT_LIMITS) -> StructuredOutput:
     """`value` in its one canonical, hashable form: a schema as text (order of keys kept), choices as a tuple.
 
     Raises InvalidRequest naming `structured_outputs` or one of its fields, and nothing else.
@@ -46,26 +41,26 @@ def checked(value: Any) -> StructuredOutput:
     if value.disable_any_whitespace and given[0] not in ("json", "json_object"):
         raise InvalidRequest(f"{FIELD}.disable_any_whitespace", f"is for JSON only, not for {given[0]}; leave it out")
     if value.json is not None:
-        return dataclasses.replace(value, json=canonical_schema(value.json))
+        return dataclasses.replace(value, json=canonical_schema(value.json, limits.max_schema_bytes))
     if value.choice is not None:
-        return dataclasses.replace(value, choice=_checked_choice(value.choice))
-    for name, limit in (("regex", MAX_REGEX_BYTES), ("grammar", MAX_GRAMMAR_BYTES)):
+        return dataclasses.replace(value, choice=_checked_choice(value.choice, limits.max_choices))
+    for name, limit in (("regex", limits.max_regex_bytes), ("grammar", limits.max_grammar_bytes)):
         if getattr(value, name) is not None:
             _check_source(f"{FIELD}.{name}", getattr(value, name), limit)
     return value
 
 
-def canonical_schema(schema: Any) -> str:
+def canonical_schema(schema: Any, max_bytes: int = DEFAULT_LIMITS.max_schema_bytes) -> str:
     """A schema as compact JSON text, its keys in their order: that is the order in which they are generated."""
     field = f"{FIELD}.json"
     if isinstance(schema, str):
-        check_text(field, schema, max_bytes=MAX_SCHEMA_BYTES)
+        check_text(field, schema, max_bytes=max_bytes)
         schema = _parsed(field, schema)
     if not isinstance(schema, Mapping):
         raise InvalidRequest(field, f"must be a JSON schema, an object or its text, got {shown(schema)}")
-    _check_depth(field, schema)
+    _check_depth(field, schema, max_bytes)
     text = _dumped(field, schema)
-    check_text(field, text, max_bytes=MAX_SCHEMA_BYTES)
+    check_text(field, text, max_bytes=max_bytes)
     if LIBRARY_OPTIONS in schema:
         raise InvalidRequest(field, f'has the key "{LIBRARY_OPTIONS}", which is not supported; leave it out')
     return text
@@ -104,15 +99,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_depth(field: str, schema: Any) -> None:
+def _check_depth(field: str, schema: Any, max_bytes: int) -> None:
     level: list[Any] = [schema]
     for _ in range(MAX_DEPTH + 1):
         level = [item for value in level for item in _items(value)]
         if not level:
             return
         # Each item takes at least a byte of text, and an object that holds itself would never end.
-        if len(level) > MAX_SCHEMA_BYTES:
-            raise InvalidRequest(field, f"has over {MAX_SCHEMA_BYTES} values; the limit is {MAX_SCHEMA_BYTES} bytes")
+        if len(level) > max_bytes:
+            raise InvalidRequest(field, f"has over {max_bytes} values; the limit is {max_bytes} bytes")
     raise InvalidRequest(field, f"is nested over {MAX_DEPTH} levels; make it flatter, with $defs and $ref")
 
 
@@ -123,12 +118,12 @@ def _items(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def _checked_choice(choice: Any) -> tuple[str, ...]:
+def _checked_choice(choice: Any, most: int) -> tuple[str, ...]:
     field = f"{FIELD}.choice"
     if not isinstance(choice, (list, tuple)) or not choice:
         raise InvalidRequest(field, f"must be a list with at least one string, got {shown(choice)}")
-    if len(choice) > MAX_CHOICES:
-        raise InvalidRequest(field, f"has {len(choice)} choices; the limit is {MAX_CHOICES}")
+    if len(choice) > most:
+        raise InvalidRequest(field, f"has {len(choice)} choices; the limit is {most}")
     for one in choice:
         check_text(field, one, max_bytes=MAX_CHOICE_BYTES)
         if not one:

@@ -14,12 +14,9 @@ from types import NoneType
 from typing import Any
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.types import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams, StructuredOutput
+from jaxinfer.request_limits import DEFAULT_LIMITS, RequestLimits
+from jaxinfer.types import MAX_STOP_IDS, SamplingParams, StructuredOutput
 
-MAX_SAMPLES = 16
-MAX_STOPS = 16
-MAX_STOP_BYTES = 256
-"""A stop string is searched for every generated character, so its length bounds the text held back."""
 MAX_NAME_BYTES = 256
 """Request ids and cache salts are kept and hashed per request; unbounded ones cost memory."""
 MAX_TEMPERATURE = 2.0
@@ -30,8 +27,6 @@ MIN_REPETITION = 1e-6
 """Logits are divided by the repetition penalty, and by the temperature after that: both together must not overflow."""
 MAX_LOGIT_BIAS = 100.0
 """As in the OpenAI API; both are added to logits, which lie within about +-30."""
-MAX_LOGIT_BIASES = 300
-"""Each is looked at in Python; whoever needs more wants allowed_token_ids or banned_token_ids."""
 MAX_BAD_WORD_BYTES = 64
 INT32 = (-(2**31), 2**31 - 1)
 INT64 = (-(2**63), 2**63 - 1)
@@ -46,7 +41,8 @@ class Limits:
 
     vocab_size: V, ids lie in [0, V). max_model_len: longest prompt + output. max_kv_tokens: tokens the whole
     page pool holds, None when it is known to hold max_model_len. eos_token_ids: end-of-sequence ids of the
-    model; they share MAX_STOP_IDS with a request's own. has_tokenizer: text can be made from ids.
+    model; they share MAX_STOP_IDS with a request's own. has_tokenizer: text can be made from ids. request: what an
+    operator allows.
     """
 
     vocab_size: int
@@ -54,6 +50,7 @@ class Limits:
     max_kv_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     has_tokenizer: bool = True
+    request: RequestLimits = DEFAULT_LIMITS
 
     @property
     def max_tokens(self) -> int:
@@ -77,7 +74,7 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
         raise InvalidRequest("structured_outputs", f"must be StructuredOutput, got {shown(params.structured_outputs)}; "
                              "make it with StructuredOutput(json=...)")
     for name in ("logprobs", "prompt_logprobs"):
-        _optional_int(name, getattr(params, name), 0, MAX_LOGPROBS)
+        _optional_int(name, getattr(params, name), 0, limits.request.max_logprobs)
 
 
 def checked_prompt(prompt: Any, limits: Limits) -> tuple[int, ...]:
@@ -206,7 +203,7 @@ def shown(value: Any) -> str:
 
 
 def _check_sampling(params: SamplingParams, limits: Limits) -> None:
-    _int("n", params.n, 1, MAX_SAMPLES)
+    _int("n", params.n, 1, limits.request.max_n)
     _float("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
     _float("top_p", params.top_p, 0.0, 1.0, above_low=True, hint="1 switches it off, temperature=0 is greedy")
     _int("top_k", params.top_k, -1, limits.vocab_size, hint="0 or -1 switches it off")
@@ -233,7 +230,7 @@ def _check_lengths(num_prompt: int, params: SamplingParams, limits: Limits) -> N
 
 
 def _check_stop_strings(params: SamplingParams, limits: Limits) -> None:
-    stops = _checked_texts("stop", params.stop, MAX_STOPS, MAX_STOP_BYTES)
+    stops = _checked_texts("stop", params.stop, limits.request.max_stops, limits.request.max_stop_bytes)
     if "" in stops:
         raise InvalidRequest("stop", "holds an empty string, which would stop at once; leave it out")
     if stops and not params.detokenize:
@@ -279,7 +276,8 @@ def _check_token_rules(params: SamplingParams, limits: Limits) -> None:
 
 
 def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
-    _check_count("logit_bias", params.logit_bias, MAX_LOGIT_BIASES, "use allowed_token_ids or banned_token_ids")
+    _check_count("logit_bias", params.logit_bias, limits.request.max_logit_bias,
+                 "use allowed_token_ids or banned_token_ids")
     try:
         items = bias_items(params)
         ids = _plain_ids("logit_bias", [id_ for id_, _ in items])
@@ -302,7 +300,7 @@ def _check_count(field: str, value: Any, most: int, hint: str) -> None:
 
 
 def _check_bad_words(params: SamplingParams, limits: Limits) -> None:
-    words = _checked_texts("bad_words", params.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
+    words = _checked_texts("bad_words", params.bad_words, limits.request.max_bad_words, MAX_BAD_WORD_BYTES)
     if not all(map(str.strip, words)):
         raise InvalidRequest("bad_words", "holds an empty or blank string, which would forbid everything; leave it out")
     if words and not limits.has_tokenizer:

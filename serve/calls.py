@@ -5,15 +5,17 @@ The table of codes is `jaxinfer.errors`; only texts that we wrote ourselves reac
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from typing import Self
 
 import grpc
 
 from jaxinfer import errors
-from serve import request_log
+from serve.ended_request import EndedRequest, Observer
 from serve.generation import Generation
 from serve.retry_hint import retry_hint
+from serve.tenant import current_tenant
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +26,12 @@ LEAVING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 class Calls:
     """Counts the calls that run, and those that have ended by the name of their status (`ended`).
 
-    One event loop writes; other threads may copy `ended` at any time. logs_requests: whether requests get a line in
-    `request_log` when they end.
+    One event loop writes; other threads may copy `ended` at any time. observers: told of every request for tokens that
+    ends.
     """
 
-    def __init__(self, *, logs_requests: bool = False):
-        self.logs_requests = logs_requests
+    def __init__(self, observers: tuple[Observer, ...] = ()):
+        self.observers = observers
         self.num_running = 0
         self.ended: Counter[str] = Counter()
         self._idle = asyncio.Event()
@@ -39,11 +41,13 @@ class Calls:
         self.num_running += 1
         self._idle.clear()
 
-    def tell_end(self, code: str, request_id: str | None, generation: Generation | None) -> None:
-        """Counts, and logs what was a request for tokens (one with an id, "" included)."""
-        self.ended[code] += 1
-        if self.logs_requests and request_id is not None:
-            request_log.write(request_id, code, generation)
+    def tell(self, request: EndedRequest) -> None:
+        """Hands it to the observers. What they raise is theirs: the request has its answer."""
+        for observer in self.observers:
+            try:
+                observer(request)
+            except Exception:
+                log.exception("an observer of requests failed")
 
     def leave(self) -> None:
         self.num_running -= 1
@@ -63,16 +67,18 @@ class Answering:
     """Around the body of a call: counts it as running, and turns what it raises into its status.
 
     A context manager and not a decorator: a decorated stream would pass every message through one more generator.
-    generation: set by the body of a request for tokens once there is one, for the log.
+    generation: set by the body of a request for tokens once there is one, for the observers.
     """
 
-    __slots__ = ("_calls", "_context", "_request_id", "generation")
+    __slots__ = ("_began", "_calls", "_context", "_method", "_request_id", "generation")
 
-    def __init__(self, calls: Calls, context: Context, request_id: str | None = None):
-        """request_id: the client's, of a request for tokens, "" if it has none; None for other calls."""
+    def __init__(self, calls: Calls, context: Context, method: str | None = None, request_id: str = ""):
+        """method: "package.Service/Method" of a request for tokens, None for other calls; request_id: the client's."""
         self._calls = calls
         self._context = context
+        self._method = method
         self._request_id = request_id
+        self._began = time.monotonic()
         self.generation: Generation | None = None
 
     async def __aenter__(self) -> Self:
@@ -81,11 +87,17 @@ class Answering:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self._calls.tell_end(code_of(self._context, error), self._request_id, self.generation)
+            self._tell_end(code_of(self._context, error))
             if error is not None and not isinstance(error, LEAVING):
                 await refuse(self._context, error)
         finally:
             self._calls.leave()
+
+    def _tell_end(self, code: str) -> None:
+        self._calls.ended[code] += 1
+        if self._method is not None and self._calls.observers:
+            self._calls.tell(EndedRequest(self._method, self._request_id, current_tenant(), code, self._began,
+                                          self._context.invocation_metadata() or (), self.generation))
 
 
 def code_of(context: Context, error: BaseException | None) -> str:

@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from jaxinfer.types import RequestStats
+from serve.ended_request import EndedRequest
 from serve.generation import Generation
-from serve.tenant import current_tenant
 
 log = logging.getLogger("jaxinfer.requests")
 
@@ -30,28 +30,22 @@ def to_standard_error() -> None:
     log.setLevel(logging.INFO)
 
 
-def write(request_id: str, code: str, generation: Generation | None) -> None:
-    """A request of the running call's tenant has ended with status `code`; generation: None if it was refused unread.
-    """
-    log.info(json.dumps(entry(request_id, current_tenant(), code, generation)))
+def write(ended: EndedRequest) -> None:
+    """The observer that writes the line."""
+    log.info(json.dumps(entry(ended)))
 
 
-def entry(request_id: str, tenant: str, code: str, generation: Generation | None) -> dict[str, Any]:
+def entry(ended: EndedRequest) -> dict[str, Any]:
     """Times in seconds since the request arrived, `time` since 1970; null where it never came so far."""
-    found: dict[str, Any] = {"time": round(time.time(), 3), "id": request_id[:MAX_NAME], "tenant": tenant[:MAX_NAME],
-                             "code": code}
-    if generation is None:
+    found: dict[str, Any] = {"time": round(time.time(), 3), "id": ended.id[:MAX_NAME],
+                             "tenant": ended.tenant[:MAX_NAME], "code": ended.code}
+    if ended.generation is None:
         return found
-    found["id"] = generation.request.id[:MAX_NAME]
-    return found | counts(generation, code) | times(generation.engine_stats())
+    return found | counts(ended, ended.generation) | times(ended.generation.engine_stats())
 
 
-def counts(generation: Generation, code: str) -> dict[str, Any]:
-    """finish: samples by the reason of their end; those that an answered call left unfinished were aborted."""
-    finish = dict(generation.finish_reasons)
-    if code == "OK" and not generation.finished:
-        finish["abort"] = generation.request.params.n - sum(finish.values())
-    return {"finish": finish, "prompt_tokens": len(generation.request.prompt),
+def counts(ended: EndedRequest, generation: Generation) -> dict[str, Any]:
+    return {"finish": dict(ended.finish()), "prompt_tokens": len(generation.request.prompt),
             "cached_tokens": generation.num_cached_tokens, "output_tokens": generation.num_output_tokens}
 
 

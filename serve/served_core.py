@@ -13,6 +13,7 @@ from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, SamplingParams
 from serve.bridge import Bridge
 from serve.calls import Calls
+from serve.ended_request import Observer
 
 INLINE_CHARS = 4096
 """Longer texts are tokenised in a thread: beyond this it takes longer than the hop, and the loop serves others."""
@@ -25,11 +26,11 @@ meanwhile other requests need those that tokenise.
 class ServedCore:
     """Refuses with EngineClosed until `attach` and after `refuse_new`. Lives on one event loop.
 
-    calls: those of every service that uses this core. logs_requests: see `Calls`.
+    calls: those of every service that uses this core. observers: see `Calls`.
     """
 
-    def __init__(self, *, logs_requests: bool = False):
-        self.calls = Calls(logs_requests=logs_requests)
+    def __init__(self, observers: tuple[Observer, ...] = ()):
+        self.calls = Calls(observers)
         self._core: Core | None = None
         self._bridge: Bridge | None = None
         self._suspended: str | None = None

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.runtime_version import VersionError
@@ -22,10 +23,11 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.protos.v1 import draft_pb2_grpc
-from serve import request_log
+from serve import request_log, service_manager
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
+from serve.ended_request import Observer
 from serve.exposition import text_of
 from serve.malformed import RefuseMalformed
 from serve.metric_families import families
@@ -39,6 +41,9 @@ from serve.stalls import EndStalled
 from serve.tokens import Tokens
 from serve.vllm_metrics import vllm_families
 from serve.watchdog import LoopPulse, Watchdog, Watched
+
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +64,8 @@ class Server:
         Raises InvalidConfig where a file of tokens or certificates cannot be used.
         """
         self.config = config
-        self.served = ServedCore(logs_requests=config.request_log)
-        if config.request_log:
-            request_log.to_standard_error()
+        self.tracing = tracing_of(config)
+        self.served = ServedCore(observers_of(config, self.tracing))
         # Always there: it takes nothing until it is called, and gives nobody more work to do than Generate does.
         self.drafts = DraftService()
         self.gateway_services: tuple[str, ...] = ()
@@ -110,6 +114,8 @@ class Server:
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
+        if self.tracing is not None:
+            self.tracing.model = core.info.name
         self.served.attach(core)
         self.drafts.attach(core)
         self._watchdog = self._watch(core)
@@ -152,6 +158,8 @@ class Server:
             self._watchdog.close()
         self.served.close()
         self.drafts.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
         return drained
@@ -215,6 +223,27 @@ def tls_of(config: ServerConfig) -> ServerTls | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
     return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def tracing_of(config: ServerConfig) -> "Tracing | None":
+    """Raises InvalidConfig where spans are wanted and the packages of the extra `otel` are missing."""
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from serve.tracing import to_collector
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "opentelemetry":
+            raise
+        raise InvalidConfig("otlp_endpoint", f"needs packages that are not installed ({error.name}): "
+                            "pip install 'jaxinfer[otel]', or leave it out") from None
+    return to_collector(config.otlp_endpoint)
+
+
+def observers_of(config: ServerConfig, tracing: "Tracing | None") -> tuple[Observer, ...]:
+    """Who is told of each request that ends."""
+    if config.request_log:
+        request_log.to_standard_error()
+    return ((request_log.write,) if config.request_log else ()) + (() if tracing is None else (tracing.record,))
 
 
 def interceptors_of(config: ServerConfig, ended: Counter[str]) -> tuple[grpc.aio.ServerInterceptor, ...]:
@@ -303,6 +332,7 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
         died = await _dies_first(loading.done.result(), asked)
     announce("the engine has died, the log has the reason; stopping" if died else
              f"stopping; running requests get {config.drain_seconds:g} s (a second signal stops at once)")
+    service_manager.tell(service_manager.STOPPING)
     drained = await server.stop(stops.now)
     status = 0 if drained and not died and not server.engine_hangs else 1
     if loading.unfinished or server.engine_hangs:
@@ -330,6 +360,7 @@ async def _become_ready(server: Server, loading: Loading, announce: Callable[[st
     info, services = core.info, " and ".join((SERVICE_NAME, *server.gateway_services))
     announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
              f"{info.dtype}), after {time.monotonic() - began:.1f} s; serves {services}")
+    service_manager.tell(service_manager.READY)
 
 
 def settle_heap() -> None:

@@ -3,6 +3,7 @@
 import math
 import threading
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from jaxinfer.errors import InvalidConfig
 from jaxinfer.start_options import INT32_MAX
@@ -38,6 +39,7 @@ class ServerConfig:
     metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
     and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
     request_log: a line of JSON on standard error for each request that ends (`serve.request_log`).
+    otlp_endpoint: "http://host:port" of a collector that gets spans (`serve.tracing`), https with TLS; None: no spans.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +61,7 @@ class ServerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_compat: str | None = None
     request_log: bool = False
+    otlp_endpoint: str | None = None
 
     def __post_init__(self):
         for name, host in (("host", self.host), ("metrics_host", self.metrics_host)):
@@ -81,6 +84,9 @@ class ServerConfig:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
         if self.metrics_compat not in (None, "vllm"):
             raise InvalidConfig("metrics_compat", f"must be vllm or left out, got {self.metrics_compat!r}")
+        if self.otlp_endpoint is not None and not is_endpoint(self.otlp_endpoint):
+            raise InvalidConfig("otlp_endpoint", "must be http://host:port or https://host:port of a collector that "
+                                f"takes OTLP over gRPC, such as http://127.0.0.1:4317, got {self.otlp_endpoint!r}")
         self._check_tls()
         self._check_exposure()
 
@@ -129,3 +135,13 @@ class ServerConfig:
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),  # or it refuses some above the first already
         )
+
+
+def is_endpoint(url: str) -> bool:
+    """A scheme, a host and a port, and nothing that gRPC would ignore."""
+    try:
+        parts = urlsplit(url)
+        given = bool(parts.scheme in ("http", "https") and parts.hostname and parts.port)
+    except ValueError:  # a port that is none
+        return False
+    return given and parts.username is None and parts.path in ("", "/") and not (parts.query or parts.fragment)

@@ -26,7 +26,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._served = served
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        async with Answering(self._served.calls, context, request.request_id) as call:
+        async with Answering(self._served.calls, context, f"{SERVICE_NAME}/Generate", request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
             generation = call.generation = Generation(asked, core.tokenizer)
@@ -43,7 +43,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest,
                              context: Context) -> AsyncIterator[pb.GenerateStreamResponse]:
-        async with Answering(self._served.calls, context, request.request_id) as call:
+        async with Answering(self._served.calls, context, f"{SERVICE_NAME}/GenerateStream",
+                             request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
             generation = call.generation = Generation(asked, core.tokenizer)

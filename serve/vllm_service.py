@@ -87,7 +87,8 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self._last_receive = time.time()
         call = self._abortables.enter(request.request_id)
         try:
-            async with Answering(self._served.calls, context, request.request_id) as answering:
+            async with Answering(self._served.calls, context, f"{VLLM_SERVICE_NAME}/Generate",
+                                 request.request_id) as answering:
                 core, bridge = self._served.serving()
                 params = vllm_codec.sampling_params(request.sampling_params, core.intake.defaults.sampling)
                 asked = await self._served.request(vllm_codec.prompt(request), params,

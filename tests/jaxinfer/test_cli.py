@@ -15,6 +15,7 @@ import pytest
 from jaxinfer import cli, doctor, loading, options, quick_bench
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
+from jaxinfer.request_limits import RequestLimits
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +177,7 @@ def test_engine_options_are_those_of_llm():
 
     parameters = inspect.signature(LLM.__init__).parameters
     ours = {option.name for option in options.ENGINE_OPTIONS}
-    assert ours | {"self", "model", "quiet", "block_size"} == set(parameters)
+    assert ours | {"self", "model", "quiet", "block_size", "request_limits"} == set(parameters)
     computed = {"page_size": 16}  # None there, so that its alias can be told apart
     for option in options.ENGINE_OPTIONS:
         assert option.default == computed.get(option.name, parameters[option.name].default), option.name
@@ -320,7 +321,10 @@ def test_serve_hands_over_a_core(made, monkeypatch):
     assert cli.main(["serve", "--port", "0", "--drain-seconds", "2", "--max-num-seqs", "8"]) == 1
     ((core, config),) = seen
     assert core is made[0].core and made[0].arguments["max_num_seqs"] == 8
+    assert "request_limits" not in made[0].arguments
     assert config == server.ServerConfig(host="127.0.0.1", port=0, drain_seconds=2.0)
+    assert cli.main(["serve", "--max-n", "4", "--template-seconds", "1"]) == 1
+    assert made[1].arguments["request_limits"] == RequestLimits(max_n=4, template_seconds=1.0)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from jaxinfer.errors import (
     TokenizerMissing,
 )
 from jaxinfer.offline import LLM
+from jaxinfer.request_limits import RequestLimits
 from jaxinfer.types import SamplingParams
 
 SMALL = {"max_model_len": 160, "max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 64,
@@ -291,9 +292,10 @@ def test_an_interrupted_call_ends_its_requests_only(llm, monkeypatch):
 
 
 def test_more_prompts_than_may_wait_are_fed_as_there_is_room(folder):
-    with LLM(str(folder), **SMALL | {"max_waiting": 5}) as llm:
-        outputs = llm.generate([PROMPT] * 23, greedy(max_tokens=2))
-        assert all(output.finished for output in outputs)
+    with LLM(str(folder), **SMALL | {"max_waiting": 5, "request_limits": RequestLimits(max_n=2)}) as llm:
+        assert all(output.finished for output in llm.generate([PROMPT] * 23, greedy(max_tokens=2)))
+        with pytest.raises(InvalidRequest, match=r"n: must be in \[1, 2\], got 3"):
+            llm.generate(PROMPT, greedy(n=3))
 
 
 def test_a_second_llm_in_one_process_and_one_without_a_tokenizer(llm, repository, tmp_path):

@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.errors import InvalidRequest
-from jaxinfer.structured_output import (
-    MAX_CHOICE_BYTES,
-    MAX_CHOICES,
-    MAX_DEPTH,
-    MAX_GRAMMAR_BYTES,
-    MAX_REGEX_BYTES,
-    MAX_SCHEMA_BYTES,
-    checked,
-)
+from jaxinfer.request_limits import DEFAULT_LIMITS as LIMITS
+from jaxinfer.structured_output import MAX_CHOICE_BYTES, MAX_DEPTH, checked
 from jaxinfer.types import StructuredOutput
 
 
@@ -57,18 +50,18 @@ BAD = {
     "deep text, small": (StructuredOutput(json='{"a":' + "[" * 30_000 + "]" * 30_000 + "}"), "structured_outputs.json"),
     "holds itself": (StructuredOutput(json=HOLDS_ITSELF), "structured_outputs.json"),
     "wide": (StructuredOutput(json=WIDE), "structured_outputs.json"),
-    "big": (StructuredOutput(json={"const": "x" * MAX_SCHEMA_BYTES}), "structured_outputs.json"),
+    "big": (StructuredOutput(json={"const": "x" * LIMITS.max_schema_bytes}), "structured_outputs.json"),
     "library options": (StructuredOutput(json={"x-guidance": {"lenient": True}}), "structured_outputs.json"),
     "regex bytes": (StructuredOutput(regex=b"a"), "structured_outputs.regex"),  # type: ignore
     "regex empty": (StructuredOutput(regex=""), "structured_outputs.regex"),
-    "regex long": (StructuredOutput(regex="é" * (MAX_REGEX_BYTES // 2 + 1)), "structured_outputs.regex"),
+    "regex long": (StructuredOutput(regex="é" * (LIMITS.max_regex_bytes // 2 + 1)), "structured_outputs.regex"),
     "grammar empty": (StructuredOutput(grammar=" \n"), "structured_outputs.grammar"),
-    "grammar long": (StructuredOutput(grammar="x" * (MAX_GRAMMAR_BYTES + 1)), "structured_outputs.grammar"),
+    "grammar long": (StructuredOutput(grammar="x" * (LIMITS.max_grammar_bytes + 1)), "structured_outputs.grammar"),
     "choice a string": (StructuredOutput(choice="yes"), "structured_outputs.choice"),  # type: ignore
     "choice empty": (StructuredOutput(choice=[]), "structured_outputs.choice"),
     "choice of nothing": (StructuredOutput(choice=["a", ""]), "structured_outputs.choice"),
     "choice of numbers": (StructuredOutput(choice=[1]), "structured_outputs.choice"),  # type: ignore
-    "choices many": (StructuredOutput(choice=["a"] * (MAX_CHOICES + 1)), "structured_outputs.choice"),
+    "choices many": (StructuredOutput(choice=["a"] * (LIMITS.max_choices + 1)), "structured_outputs.choice"),
     "choices long": (StructuredOutput(choice=["a" * (MAX_CHOICE_BYTES // 2), "b" * (MAX_CHOICE_BYTES // 2 + 1)]),
                      "structured_outputs.choice"),
 }
@@ -84,9 +77,10 @@ def test_bad_ones_are_refused_by_name(name):
 
 @pytest.mark.parametrize("good", [
     StructuredOutput(json={}), StructuredOutput(json=nested(MAX_DEPTH - 1)), StructuredOutput(json_object=True),
-    StructuredOutput(json_object=True, disable_any_whitespace=True), StructuredOutput(regex="a" * MAX_REGEX_BYTES),
-    StructuredOutput(choice=["x"] * MAX_CHOICES), StructuredOutput(grammar="start: /a/"),
-    StructuredOutput(json={"const": "x" * (MAX_SCHEMA_BYTES - len('{"const":""}'))}),
+    StructuredOutput(json_object=True, disable_any_whitespace=True),
+    StructuredOutput(regex="a" * LIMITS.max_regex_bytes), StructuredOutput(choice=["x"] * LIMITS.max_choices),
+    StructuredOutput(grammar="start: /a/"),
+    StructuredOutput(json={"const": "x" * (LIMITS.max_schema_bytes - len('{"const":""}'))}),
 ], ids=lambda good: f"{good.kind} {len(str(good))}")  # fmt: skip
 def test_good_ones_pass_up_to_the_limits(good):
     found = checked(good)
