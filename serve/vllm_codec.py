@@ -60,19 +60,19 @@ def prompt(message: pb.GenerateRequest) -> str | list[int]:
     raise InvalidRequest("input", "is missing; set tokenized or text")
 
 
-def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
+def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     """The fields that are not zero, over vLLM's defaults. Without max_tokens an output may be as long as fits.
 
-    A zero counts where the field has presence: max_tokens, logprobs, prompt_logprobs, seed, temperature. defaults: the
-    model's own; of them only the temperature counts, where it is not set.
+    A zero counts where the field has presence: max_tokens, logprobs, prompt_logprobs, seed, temperature. What the model
+    itself wishes for is the gateway's to fill in (`models_wishes`), so an unset field never means that here.
     """
     if message.HasField("truncate_prompt_tokens"):
         raise InvalidRequest("truncate_prompt_tokens", "is set, but prompts are never cut; send the tokens that count")
     sent = {one.name: value for one, value in message.ListFields() if one.name in SAME_NAMES}
-    base = SamplingParams(temperature=defaults.temperature, max_tokens=None)
     return replace(
-        base, **sent, stop=tuple(message.stop) or None, stop_token_ids=tuple(message.stop_token_ids) or None,
-        logit_bias=dict(message.logit_bias) or None, structured_outputs=structured_output(message),
+        SamplingParams(max_tokens=None), **sent, stop=tuple(message.stop) or None,
+        stop_token_ids=tuple(message.stop_token_ids) or None, logit_bias=dict(message.logit_bias) or None,
+        structured_outputs=structured_output(message),
         # Only tokens go out, so text is made where a stop string has to be found in it.
         detokenize=bool(message.stop), skip_special_tokens=message.skip_special_tokens)
 

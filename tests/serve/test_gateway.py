@@ -1,5 +1,6 @@
 """A client that nobody here wrote: the gateway `smg` in front of our servers, asked through the `openai` client."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -161,6 +162,73 @@ def test_an_overload_is_429_and_what_waits_is_answered(folder: Path):
                 answer = call.result()
                 parts = answer.choices if hasattr(answer, "choices") else [part.choices[0] for part in answer]
                 assert "".join(part.text for part in parts) == "cde"
+
+
+def test_more_at_once_than_http2_usually_allows_a_connection(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The gateway has one connection to a server: what the queue has no place for is refused and not held back on it,
+    and the gateway's health checks go on."""
+    checks = counting_health_checks(monkeypatch)
+    engine = CountingEngine(pace=0.001, max_waiting=270)
+    with serving(make_core(engine, folder=folder)) as served, \
+            fronted(served, **{"health-check-interval-secs": "1"}) as (front, api), ThreadPoolExecutor(1) as pool:
+        engine.paused = True
+        answers = pool.submit(asyncio.run, ask_at_once(front.url, api.model, 300))
+        eventually(lambda: len(engine.rows) == 270, timeout=20)
+        eventually(lambda: served.server.served.calls.ended["RESOURCE_EXHAUSTED"] >= 30, timeout=20)
+        before = len(checks)
+        eventually(lambda: len(checks) >= before + 2, timeout=10)
+        assert [worker["is_healthy"] for worker in front.workers()] == [True]
+        engine.paused = False
+        assert Counter(answers.result(timeout=60)) == {"cde": 270, "429": 30}
+
+
+def counting_health_checks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The gateway's, as they arrive, of servers that are started from now on."""
+    from serve.vllm_service import VllmService
+
+    found: list[Any] = []
+    check = VllmService.HealthCheck
+
+    async def noted(self: VllmService, request: Any, context: Any) -> Any:
+        found.append(request)
+        return await check(self, request, context)
+
+    monkeypatch.setattr(VllmService, "HealthCheck", noted)
+    return found
+
+
+async def ask_at_once(url: str, model: str, count: int) -> list[str]:
+    """The texts of so many completions that run at the same time, or the statuses that they were refused with."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        async def ask() -> str:
+            try:
+                return texts_of(await client.completions.create(model=model, prompt="ab", max_tokens=3))
+            except openai.APIStatusError as error:
+                return str(error.status_code)
+
+        return await asyncio.gather(*(ask() for _ in range(count)))
+
+
+def wished(engine: CountingEngine) -> list[float]:
+    """The temperatures of the requests that arrive there, from now on."""
+    found: list[float] = []
+    submit = engine.submit
+
+    def noted(request: Any, consumer: Any) -> None:
+        found.append(request.params.temperature)
+        submit(request, consumer)
+
+    engine.submit = noted  # type: ignore[method-assign]
+    return found
+
+
+def test_the_gateway_fills_in_what_the_model_wishes_for(folder: Path):
+    engine = CountingEngine(pace=0.001)
+    with serving(make_core(engine, folder=folder)) as served, fronted(served) as (_, api):
+        found = wished(engine)
+        api.complete("ab", max_tokens=3)
+        api.complete("ab", max_tokens=3, temperature=0)
+        assert found == [pytest.approx(0.7), 0.0]
 
 
 def test_a_client_that_leaves_frees_its_row(folder: Path):
