@@ -82,12 +82,14 @@ class ServerTls:
 def _as_file(data: bytes) -> Iterator[str]:
     """A name to read `data` from, as `ssl` takes only names: in memory on Linux, so that no copy of a key is on a disk,
     elsewhere in a file that this user alone can read."""
-    in_memory = hasattr(os, "memfd_create")
-    made = os.fdopen(os.memfd_create("jaxinfer-tls"), "wb") if in_memory else tempfile.NamedTemporaryFile()
-    with made as file:
-        file.write(data)
-        file.flush()
-        yield f"/proc/self/fd/{file.fileno()}" if in_memory else file.name
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("jaxinfer-tls"), "wb", buffering=0) as file:
+            file.write(data)
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(data)
+            yield file.name
 
 
 def _bytes(field: str, path: Path) -> bytes:
