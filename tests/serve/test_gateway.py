@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -322,7 +323,31 @@ def test_a_demo_whose_server_does_not_start_says_so(capfd: pytest.CaptureFixture
     assert "smg-demo: the service ended with exit code 3 before it was ready" in capfd.readouterr().err
 
 
-def test_the_demo_says_what_is_missing(repository: Path):
-    script = "import sys; sys.modules['smg'] = None; from serve.gateway import gateway\nwith gateway(['x:1']): pass"
+@pytest.mark.parametrize(("missing", "named", "package"), [
+    (["smg"], "smg", "smg>=1.13"), (["smg_grpc_proto"], "smg_grpc_proto", "smg-grpc-proto>="),
+    (["smg", "openai"], "smg, openai", "openai>="),
+])
+def test_the_demo_says_what_is_missing_before_it_starts_anything(repository: Path, missing: list[str], named: str,
+                                                                package: str):
+    """The packages are hidden from a process of its own; a server that it started would say so and fail."""
+    script = ("import sys, importlib.util as util; find = util.find_spec\n"
+              f"sys.modules.update(dict.fromkeys({missing}))\n"
+              f"util.find_spec = lambda name: None if name in {missing} else find(name)\n"
+              "from serve import smg_demo\n"
+              "sys.exit(smg_demo.main((sys.executable, '-c', 'print(1 / 0)')))")
     found = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False)
-    assert found.returncode == 1 and "pip install smg" in found.stderr
+    assert found.returncode == 1 and not found.stdout
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"smg-demo: {named} missing; install with: {sys.executable} -m pip install")
+    assert package in line
+
+
+def test_what_the_demo_needs_is_what_developers_install(repository: Path):
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(smg_demo.NEEDED.values()) <= {one.partition(";")[0] for one in extras["dev"]}
+
+
+def test_a_gateway_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GatewayFailed, match="pip install smg"), gateway(["127.0.0.1:1"]):
+        pass
