@@ -55,6 +55,10 @@ class StepFailed(JaxInferError):
     """The device step failed repeatedly; the request could not be finished."""
 
 
+class DeliveryFailed(JaxInferError):
+    """The service was too far behind its engine to take a request's tokens; the request was dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class StatusRow:
     """How one kind of error looks from outside: gRPC status name and HTTP code."""
@@ -73,6 +77,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(OutOfMemory, "RESOURCE_EXHAUSTED", 429),
     StatusRow(EngineClosed, "UNAVAILABLE", 503),
     StatusRow(StepFailed, "UNAVAILABLE", 503),
+    StatusRow(DeliveryFailed, "UNAVAILABLE", 503),
 )
 
 
