@@ -83,7 +83,7 @@ SERVER_OPTIONS = (
     Option("tls_client_ca", file, None, "PEM certificates whose owners alone may connect, with one that they signed"),
     Option("token_file", file, None, "lines of TENANT TOKEN: calls need one of the tokens; read again when it changes"),
     Option("insecure", bool, False, "listen for other machines without TLS"),
-    Option("stall_timeout", float, 60.0, "seconds after which a stream that is not read is ended"),
+    Option("stall_timeout", float, 60.0, "seconds after which a call whose answer is not read is ended"),
     Option("max_request_bytes", count, 4 * 1024**2, "largest request"),
     Option("max_metadata_bytes", count, 16 * 1024, "most metadata of a call"),
     Option("max_streams", count, None, "calls that one connection runs at once (default: max_calls + 1,024)"),

@@ -31,7 +31,7 @@ class ServerConfig:
     host, port: 0 takes a free port. drain_seconds: what running calls get to finish.
     tls_cert, tls_key: PEM files; with tls_client_ca clients need a certificate of these authorities.
     token_file: see `serve.tokens`; None asks for no tokens. insecure: listen for other machines without TLS.
-    stall_timeout: seconds after which a stream that is not read is ended.
+    stall_timeout: seconds after which a call whose answer is not read is ended.
     max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
     metadata of a call (gRPC counts 32 bytes more for each). max_calls: calls of all connections together; more are
     refused. max_streams: calls that a connection runs at once, of which clients hold back more, unseen by the server;
