@@ -46,7 +46,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         async with Answering(self._served.calls, context, request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
-            generation = call.generation = Generation(asked, core.tokenizer)
+            generation = call.generation = Generation(asked, core.tokenizer, streams=True)
             outbox = codec.Outbox(asked.id, asked.params, generation.has_text)
             async with open_streamed(bridge, asked, generation, outbox) as stream:
                 while await stream.wait():

@@ -95,7 +95,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
                 params = vllm_codec.sampling_params(request.sampling_params)
                 asked = await self._served.request(vllm_codec.prompt(request), params,
                                                    request_id=request.request_id or None)
-                generation = answering.generation = Generation(asked, core.tokenizer)
+                generation = answering.generation = Generation(asked, core.tokenizer, streams=request.stream)
                 if not request.stream:
                     for message in await self._collect(bridge, generation, call):
                         yield message
