@@ -51,7 +51,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             async with open_streamed(bridge, asked, generation, outbox) as stream:
                 while await stream.wait():
                     while outbox.messages:
-                        yield outbox.messages.popleft()
+                        yield outbox.take()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with Answering(self._served.calls, context):
