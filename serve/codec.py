@@ -1,7 +1,7 @@
 """Protobuf messages to the core's types and back; the only place that knows both."""
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -105,6 +105,7 @@ class Outbox:
         self._weight = weight_of_token(params)
         self._room = 0
         self._newest = pb.GenerateStreamResponse()  # the last of the messages, while there are any
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)  # what its entries' texts will get
         self._refillable: tuple[pb.GenerateStreamResponse, pb.Completion] | None = None
 
     def add(self, delta: Delta) -> None:
@@ -118,7 +119,7 @@ class Outbox:
             entry = entry_of(self._newest, delta.index)
             entry.token_ids.extend(delta.token_ids)
             if self._has_text:
-                entry.text += delta.text
+                self._texts[delta.index].append(delta.text)
         self._room -= self._weight * len(delta.token_ids)
         if delta.logprobs is not None:
             entry.logprobs.extend(logprobs_messages(delta.logprobs, self._params.logprobs))
@@ -141,14 +142,24 @@ class Outbox:
     def take(self) -> pb.GenerateStreamResponse:
         """The oldest message, to be sent."""
         message = self.messages.popleft()
-        return pb.GenerateStreamResponse.FromString(message) if isinstance(message, bytes) else message
+        if isinstance(message, bytes):
+            return pb.GenerateStreamResponse.FromString(message)
+        self._join_texts()
+        return message
 
     def _append(self, message: pb.GenerateStreamResponse) -> None:
         """Behind the last one, which then grows no more."""
         if self.messages:
+            self._join_texts()
             self.messages[-1] = self._newest.SerializeToString()
         self._newest = message
         self.messages.append(message)
+
+    def _join_texts(self) -> None:
+        """Once for each message: what a string field held before stays in the message's memory until it goes."""
+        for index, texts in self._texts.items():
+            entry_of(self._newest, index).text += "".join(texts)
+        self._texts.clear()
 
     def _begin(self, delta: Delta) -> pb.Completion:
         message = pb.GenerateStreamResponse()
