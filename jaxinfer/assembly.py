@@ -71,9 +71,11 @@ def _failures(stop: str) -> list[int]:
 class _Sample:
     """One of a request's n samples: its tokens, its released text and the text held back."""
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, keeps_output: bool):
         params = request.params
         self.out = CompletionOutput(index)
+        self._keeps_output = keeps_output
+        self._num_forgotten = 0  # tokens that are in no output any more
         self._request = request
         self._tokenizer = tokenizer
         self._decoder: BytesDecoder | WindowDecoder | None = None
@@ -91,6 +93,8 @@ class _Sample:
 
     def feed(self, chunk: TokenChunk) -> Delta:
         """Takes a chunk's tokens one by one, so that chunk borders cannot matter."""
+        if not self._keeps_output:
+            self._forget()
         if self._is_plain and chunk.finish_reason is None:
             return self._feed_plain(chunk.token_ids)
         num_before, num_pieces = len(self.out.token_ids), len(self._pieces)
@@ -111,6 +115,18 @@ class _Sample:
         piece = "" if self._decoder is None else self._decoder.feed(ids)
         self._release(piece)
         return Delta(self._request.id, out.index, piece, ids)
+
+    def _forget(self) -> None:
+        """What earlier deltas have told."""
+        out = self.out
+        self._num_forgotten += len(out.token_ids)
+        out.token_ids, self._pieces = [], []
+        if out.logprobs is not None:
+            out.logprobs = []
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_forgotten + len(self.out.token_ids)
 
     @property
     def text(self) -> str:
@@ -144,7 +160,7 @@ class _Sample:
         if not piece:
             return
         # As in vLLM, only text of tokens after the first min_tokens can end the output.
-        counts = len(self.out.token_ids) > self._request.params.min_tokens
+        counts = self.num_tokens > self._request.params.min_tokens
         match = self._stops.feed(piece, counts)
         text = self._held + piece
         if match is not None:
@@ -182,13 +198,19 @@ class _Sample:
 
 
 class Assembler:
-    """Collects the chunks of one request. prompt_text: the text the prompt came from, if it was text."""
+    """Collects the chunks of one request. prompt_text: the text the prompt came from, if it was text.
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, prompt_text: str | None = None):
+    keeps_output: False where the deltas are all that is wanted: then only the newest is kept of text, tokens and
+    log-probabilities, of which there may be kilobytes a token, and `output` has no more of them.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, prompt_text: str | None = None, *,
+                 keeps_output: bool = True):
         self.request = request
         self._tokenizer = tokenizer
         self._prompt_text = prompt_text
-        self._samples = [_Sample(request, index, tokenizer) for index in range(request.params.n)]
+        self._keeps_output = keeps_output
+        self._samples = [_Sample(request, index, tokenizer, keeps_output) for index in range(request.params.n)]
         self._prompt_logprobs: list[PositionLogprobs] = []
         self._prompt_source: int | None = None
         self._stats: dict[int, RequestStats] = {}
@@ -208,10 +230,17 @@ class Assembler:
         return all(sample.out.finished for sample in self._samples)
 
     def output(self) -> RequestOutput:
-        """Everything so far. The object is the caller's: later chunks do not change it."""
+        """Everything so far that was kept. The object is the caller's: later chunks do not change it."""
         return RequestOutput(
             self.request.id, self._prompt_text, list(self.request.prompt), self._prompt_output(),
             [_snapshot(sample) for sample in self._samples], self.finished, self.stats())
+
+    def take_prompt_logprobs(self) -> list[PositionLogprobs | None]:
+        """Those of the prompt, one entry a token, once they are there; [] if they were not asked for."""
+        found = self._prompt_output() or []
+        if not self._keeps_output:
+            self._prompt_logprobs = []
+        return found
 
     def stats(self) -> RequestStats | None:
         """Of all samples together. One that a stop string ended is reported by its text: its row may have gone on."""
@@ -219,7 +248,7 @@ class Assembler:
         for index, report in self._stats.items():
             sample = self._samples[index]
             if sample.matched is not None:
-                report = replace(report, finished=sample.matched_at, num_output_tokens=len(sample.out.token_ids))
+                report = replace(report, finished=sample.matched_at, num_output_tokens=sample.num_tokens)
             reports.append(report)
         return joined_stats(reports)
 

@@ -63,6 +63,10 @@ class NumericFailure(RowFailed):
     """The model computed NaN or infinity for one sample."""
 
 
+class DeliveryFailed(JaxInferError):
+    """The service was too far behind its engine to take a request's tokens; the request was dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class StatusRow:
     """How one kind of error looks from outside: gRPC status name and HTTP code."""
@@ -83,6 +87,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(StepFailed, "UNAVAILABLE", 503),
     StatusRow(NumericFailure, "DATA_LOSS", 500),
     StatusRow(RowFailed, "INTERNAL", 500),
+    StatusRow(DeliveryFailed, "UNAVAILABLE", 503),
 )
 
 

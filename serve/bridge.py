@@ -1,19 +1,20 @@
 """Between the event loop and the engine's thread: requests in, chunks out, one wake-up of the loop an engine step.
 
 Everything but `Bridge.deliver` runs on the event loop, so streams need no locks.
+
+The engine never waits for a reader: what a request has made is kept until it is read, and bounded by the request. It
+may wait for the loop, which has to give what arrives to its requests: see `arrivals`.
 """
 
 import asyncio
 import itertools
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from jaxinfer.core import EngineHandle
-from jaxinfer.errors import EngineClosed
 from jaxinfer.fault_points import fault_point
 from jaxinfer.types import Request, TokenChunk
-from serve.doorbell import Doorbell
+from serve.arrivals import PATIENCE_SECONDS, Arrivals
 from serve.tenant import current_tenant
 
 Consume = Callable[[TokenChunk], bool]
@@ -116,13 +117,13 @@ class Stream:
 class Bridge:
     """One for a loop and an engine. It is the one consumer of all its requests, so a step is one `deliver`."""
 
-    def __init__(self, engine: EngineHandle, loop: asyncio.AbstractEventLoop):
+    def __init__(self, engine: EngineHandle, loop: asyncio.AbstractEventLoop, patience: float = PATIENCE_SECONDS):
+        """patience: seconds that the engine waits for a loop which takes nothing."""
         self.engine = engine
         self.loop = loop
         self._streams: dict[str, Stream] = {}
         self._numbers = itertools.count(1)
-        self._arrived: deque[list[TokenChunk]] = deque()
-        self._doorbell = Doorbell(loop, self._distribute)
+        self._arrivals = Arrivals(loop, self._distribute, patience)
 
     @property
     def num_streams(self) -> int:
@@ -154,21 +155,18 @@ class Bridge:
             stream.fail(error)
 
     def deliver(self, chunks: list[TokenChunk]) -> None:
-        """Takes a step's chunks, on the engine's thread. A loop that lags is woken once for many steps."""
-        self._arrived.append(chunks)
-        if not self._doorbell.ring():
-            raise EngineClosed("the service has stopped")
+        """Takes a step's chunks, on the engine's thread. Raises as `Arrivals.put`: then the engine must drop them."""
+        self._arrivals.put(chunks)
 
     def close(self) -> None:
         """Once the engine delivers no more."""
-        self._doorbell.close()
+        self._arrivals.close()
 
-    def _distribute(self) -> None:
+    def _distribute(self, chunks: list[TokenChunk]) -> None:
         # All streams' texts and messages are made here, one after the other, before any of them is sent: doing the
         # same work many times over is much cheaper than doing it between the sends, with cold caches.
-        arrived, streams = self._arrived, self._streams
-        while arrived:
-            for chunk in arrived.popleft():
-                stream = streams.get(chunk.request_id)
-                if stream is not None:
-                    stream.put(chunk)
+        streams = self._streams
+        for chunk in chunks:
+            stream = streams.get(chunk.request_id)
+            if stream is not None:
+                stream.put(chunk)

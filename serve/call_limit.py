@@ -8,13 +8,21 @@ from typing import Any
 import grpc
 
 from jaxinfer.errors import Overloaded
-from serve.authentication import OPEN_PREFIX
 from serve.refusing import refusing
 from serve.retry_hint import retry_hint
 
+ALWAYS_PASS = (
+    "/grpc.health.v1.Health/",  # a busy server that looks dead is taken out, and the others get its load too
+    "/vllm.grpc.engine.VllmEngine/HealthCheck",  # the same question, as gateways ask it
+    "/vllm.grpc.engine.VllmEngine/Abort",  # ends calls: without it a full server could not be relieved
+)
+"""Beginnings of the paths of calls that no limit holds back. What stands here must be cheap and wait for nothing: how
+many there are at once is bounded by `max_streams` of each connection alone.
+"""
+
 
 class LimitCalls(grpc.aio.ServerInterceptor):
-    """Refuses calls beyond `most` with RESOURCE_EXHAUSTED; those of health always pass. Lives on one event loop.
+    """Refuses calls beyond `most` with RESOURCE_EXHAUSTED, but never those of ALWAYS_PASS. Lives on one event loop.
 
     The engine's queue is bounded by itself. This bounds what is on its way there or back: requests that are read,
     rendered and tokenised, answers that are not fetched.
@@ -28,7 +36,7 @@ class LimitCalls(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]],
                                 handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        if handler_call_details.method.startswith(OPEN_PREFIX):
+        if handler_call_details.method.startswith(ALWAYS_PASS):
             return await continuation(handler_call_details)
         if self._running >= self._most:
             error = Overloaded(f"{self._running} calls are running, the limit is {self._most}; try again later or "

@@ -1,7 +1,7 @@
 """Protobuf messages to the core's types and back; the only place that knows both."""
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -15,6 +15,10 @@ from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 
 MAX_TOKENS_PER_MESSAGE = 1024
 """A message takes no more tokens once it has this many; with 20 log-probabilities each it stays under gRPC's 4 MiB."""
+LOGPROB_WEIGHT = 4
+"""Tokens that a log-probability counts for there: as an object it takes 100 bytes, and a message that may still grow is
+kept as objects.
+"""
 
 FINISH_REASONS: Mapping[str, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
@@ -81,16 +85,27 @@ def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
 # ---- responses
 
 
+def weight_of_token(params: SamplingParams) -> int:
+    """For how many tokens without log-probabilities one of this request counts in a message."""
+    return 1 if params.logprobs is None else 1 + LOGPROB_WEIGHT * (1 + params.logprobs)
+
+
 class Outbox:
-    """Deltas that wait to be sent, as messages: what comes while the reader is busy joins the message that waits."""
+    """Deltas that wait to be sent, as messages: what comes while the reader is busy joins the message that waits.
+
+    Messages that grow no more wait as bytes, which take a fifth of the memory where there are log-probabilities.
+    """
 
     def __init__(self, request_id: str, params: SamplingParams, has_text: bool):
-        self.messages: deque[pb.GenerateStreamResponse] = deque()
-        """Oldest first; whoever sends one takes it out, and then it grows no more."""
+        self.messages: deque[pb.GenerateStreamResponse | bytes] = deque()
+        """Oldest first; `take` one to send it, and then it grows no more. The last one may grow, and is no bytes."""
         self._request_id: str | None = request_id
         self._params = params
         self._has_text = has_text
+        self._weight = weight_of_token(params)
         self._room = 0
+        self._newest = pb.GenerateStreamResponse()  # the last of the messages, while there are any
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)  # what its entries' texts will get
         self._refillable: tuple[pb.GenerateStreamResponse, pb.Completion] | None = None
 
     def add(self, delta: Delta) -> None:
@@ -101,11 +116,11 @@ class Outbox:
         elif not self.messages or self._room <= 0:
             entry = self._begin(delta)
         else:
-            entry = entry_of(self.messages[-1], delta.index)
+            entry = entry_of(self._newest, delta.index)
             entry.token_ids.extend(delta.token_ids)
             if self._has_text:
-                entry.text += delta.text
-        self._room -= len(delta.token_ids)
+                self._texts[delta.index].append(delta.text)
+        self._room -= self._weight * len(delta.token_ids)
         if delta.logprobs is not None:
             entry.logprobs.extend(logprobs_messages(delta.logprobs, self._params.logprobs))
         if delta.finish_reason is not None:
@@ -115,14 +130,36 @@ class Outbox:
         """In pieces: those of a long prompt would not fit into one message."""
         for start in range(0, len(found), MAX_TOKENS_PER_MESSAGE):
             piece = found[start:start + MAX_TOKENS_PER_MESSAGE]
-            self.messages.append(pb.GenerateStreamResponse(
+            self._append(pb.GenerateStreamResponse(
                 prompt_logprobs=logprobs_messages(piece, self._params.prompt_logprobs)))
         self._room = 0
 
     def close(self, stats: RequestStats) -> None:
         """Puts usage and timings on the last message, which the last delta has just made or joined."""
-        self.messages[-1].usage.CopyFrom(usage(stats))
-        self.messages[-1].timings.CopyFrom(timings(stats))
+        self._newest.usage.CopyFrom(usage(stats))
+        self._newest.timings.CopyFrom(timings(stats))
+
+    def take(self) -> pb.GenerateStreamResponse:
+        """The oldest message, to be sent."""
+        message = self.messages.popleft()
+        if isinstance(message, bytes):
+            return pb.GenerateStreamResponse.FromString(message)
+        self._join_texts()
+        return message
+
+    def _append(self, message: pb.GenerateStreamResponse) -> None:
+        """Behind the last one, which then grows no more."""
+        if self.messages:
+            self._join_texts()
+            self.messages[-1] = self._newest.SerializeToString()
+        self._newest = message
+        self.messages.append(message)
+
+    def _join_texts(self) -> None:
+        """Once for each message: what a string field held before stays in the message's memory until it goes."""
+        for index, texts in self._texts.items():
+            entry_of(self._newest, index).text += "".join(texts)
+        self._texts.clear()
 
     def _begin(self, delta: Delta) -> pb.Completion:
         message = pb.GenerateStreamResponse()
@@ -132,7 +169,7 @@ class Outbox:
             message.request_id, self._request_id = self._request_id, None
         elif self._params.n == 1 and self._params.logprobs is None:
             self._refillable = message, entry
-        self.messages.append(message)
+        self._append(message)
         self._room = MAX_TOKENS_PER_MESSAGE
         return entry
 
@@ -142,7 +179,7 @@ class Outbox:
         entry.token_ids[:] = delta.token_ids
         if self._has_text:
             entry.text = delta.text
-        self.messages.append(message)
+        self._append(message)
         self._room = MAX_TOKENS_PER_MESSAGE
 
 

@@ -13,12 +13,12 @@ from serve.bridge import Bridge, Stream
 
 
 class Generation:
-    """Makes deltas of a request's chunks and keeps count."""
+    """Makes deltas of a request's chunks and keeps count. streams: deltas are all that is wanted, not `output`."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, streams: bool = False):
         self.request = request
         self.has_text = tokenizer is not None and request.params.detokenize
-        self._assembler = Assembler(request, tokenizer)
+        self._assembler = Assembler(request, tokenizer, keeps_output=not streams)
         self._num_unfinished = request.params.n
         self.num_output_tokens = 0
         self._first_seen = 0.0
@@ -48,12 +48,12 @@ class Generation:
         return not self._num_unfinished
 
     def output(self) -> RequestOutput:
-        """Everything so far."""
+        """Everything so far, unless it streams."""
         return self._assembler.output()
 
     def prompt_logprobs(self) -> list[PositionLogprobs | None]:
-        """Those of the prompt; [] if they were not asked for."""
-        return self._assembler.output().prompt_logprobs or []
+        """Those of the prompt, of a stream only once; [] if they were not asked for."""
+        return self._assembler.take_prompt_logprobs()
 
     def engine_stats(self) -> RequestStats:
         """What the engine has told so far; to be read only."""

@@ -12,6 +12,8 @@ from serve.loopback import is_loopback
 SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
 """Not hosts to gRPC: "unix:50051" is a file."""
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
+SPARE_STREAMS = 1024
+"""Of a connection that runs `max_calls` calls: for those that pass at that limit, and those that are being refused."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # two servers on one port must fail, not share it
     ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
@@ -30,12 +32,13 @@ class ServerConfig:
     host, port: 0 takes a free port. drain_seconds: what running calls get to finish.
     tls_cert, tls_key: PEM files; with tls_client_ca clients need a certificate of these authorities.
     token_file: see `serve.tokens`; None asks for no tokens. insecure: listen for other machines without TLS.
-    stall_timeout: seconds after which a stream that is not read is ended.
     hang_seconds: after which an engine that has work and does not get on is NOT_SERVING: more than its longest step
     takes. hang_exit_seconds: after which the process ends then, with status 1; 0: never.
+    stall_timeout: seconds after which a call whose answer is not read is ended.
     max_request_bytes: larger requests are refused before they are read; max_metadata_bytes: the same for the
-    metadata of a call (gRPC counts 32 bytes more for each). max_streams: calls that a connection runs at once; gRPC's
-    clients hold back more. max_calls: of all connections; more are refused.
+    metadata of a call (gRPC counts 32 bytes more for each). max_calls: calls of all connections together; more are
+    refused. max_streams: calls that a connection runs at once, of which clients hold back more, unseen by the server;
+    None: max_calls and SPARE_STREAMS, so that what is too much is refused and not held back.
     metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
     and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
     request_log: a line of JSON on standard error for each request that ends (`serve.request_log`).
@@ -55,7 +58,7 @@ class ServerConfig:
     hang_exit_seconds: float = 300.0
     max_request_bytes: int = MAX_REQUEST_BYTES
     max_metadata_bytes: int = 16 * 1024
-    max_streams: int = 256
+    max_streams: int | None = None
     max_calls: int = 8192
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
@@ -80,8 +83,9 @@ class ServerConfig:
             raise InvalidConfig("hang_exit_seconds", f"must be finite and at least hang_seconds, {self.hang_seconds}, "
                                 f"or 0 for never, got {self.hang_exit_seconds}")
         for name in ("max_request_bytes", "max_metadata_bytes", "max_streams", "max_calls"):
-            if not 1 <= getattr(self, name) <= INT32_MAX:
-                raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= INT32_MAX:
+                raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {value}")
         if self.metrics_compat not in (None, "vllm"):
             raise InvalidConfig("metrics_compat", f"must be vllm or left out, got {self.metrics_compat!r}")
         if self.otlp_endpoint is not None and not is_endpoint(self.otlp_endpoint):
@@ -126,12 +130,18 @@ class ServerConfig:
     def address(self, port: int) -> str:
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
+    @property
+    def streams_of_a_connection(self) -> int:
+        """How many calls a connection may have open: a gateway has one connection for all its users, its health checks
+        and its aborts."""
+        return min(self.max_calls + SPARE_STREAMS, INT32_MAX) if self.max_streams is None else self.max_streams
+
     def channel_options(self) -> tuple[tuple[str, int], ...]:
         """For `grpc.aio.server`."""
         return (
             *CHANNEL_OPTIONS,
             ("grpc.max_receive_message_length", self.max_request_bytes),
-            ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_concurrent_streams", self.streams_of_a_connection),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),  # or it refuses some above the first already
         )

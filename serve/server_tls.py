@@ -1,8 +1,12 @@
 """The server's side of TLS: certificates from files, read again before a handshake when they have changed."""
 
+import contextlib
 import logging
+import os
 import ssl
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +53,43 @@ class ServerTls:
         return found
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        pair = _bytes("tls_key", self._key), _bytes("tls_cert", self._cert)
+        """Each file once: what is checked is what is used, whatever is put in its place meanwhile."""
+        key, cert = _bytes("tls_key", self._key), _bytes("tls_cert", self._cert)
         roots = None if self._client_ca is None else _bytes("tls_client_ca", self._client_ca)
-        self._check()
-        return grpc.ssl_server_certificate_configuration([pair], roots)
+        self._check(key, cert, roots)
+        return grpc.ssl_server_certificate_configuration([(key, cert)], roots)
 
-    def _check(self) -> None:
+    def _check(self, key: bytes, cert: bytes, roots: bytes | None) -> None:
         """gRPC would only log what is wrong with them, and listen all the same."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self._cert, self._key, password=_no_password)
+            with _as_file(cert) as cert_file, _as_file(key) as key_file:
+                context.load_cert_chain(cert_file, key_file, password=_no_password)
         except (ssl.SSLError, OSError) as error:
             raise InvalidConfig("tls_cert", f"{self._cert} and {self._key} are not a PEM certificate and its private "
                                 f"key: {_reason(error)}") from None
-        if self._client_ca is None:
+        if roots is None:
             return
         try:
-            context.load_verify_locations(self._client_ca)
+            with _as_file(roots) as roots_file:
+                context.load_verify_locations(roots_file)
         except (ssl.SSLError, OSError) as error:
             raise InvalidConfig("tls_client_ca", f"{self._client_ca} holds no PEM certificates: {_reason(error)}"
                                 ) from None
+
+
+@contextlib.contextmanager
+def _as_file(data: bytes) -> Iterator[str]:
+    """A name to read `data` from, as `ssl` takes only names: in memory on Linux, so that no copy of a key is on a disk,
+    elsewhere in a file that this user alone can read."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("jaxinfer-tls"), "wb", buffering=0) as file:
+            file.write(data)
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(data)
+            yield file.name
 
 
 def _bytes(field: str, path: Path) -> bytes:

@@ -47,12 +47,12 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                              request.request_id) as call:
             core, bridge = self._served.serving()
             asked = await self._read(core, request)
-            generation = call.generation = Generation(asked, core.tokenizer)
+            generation = call.generation = Generation(asked, core.tokenizer, streams=True)
             outbox = codec.Outbox(asked.id, asked.params, generation.has_text)
             async with open_streamed(bridge, asked, generation, outbox) as stream:
                 while await stream.wait():
                     while outbox.messages:
-                        yield outbox.messages.popleft()
+                        yield outbox.take()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with Answering(self._served.calls, context):

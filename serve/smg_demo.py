@@ -4,21 +4,29 @@ Shows the OpenAI API, then a load during which one server is killed, then an ove
 """
 
 import contextlib
+import importlib.util
 import json
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
 from typing import Any
 
-import openai
-
 from serve.demo import HEADER, STOP_SECONDS, ServerFailed, ready_address
 from serve.gateway import GatewayFailed, gateway
 
+try:
+    import openai
+except ModuleNotFoundError:  # `main` says so, and how to get it
+    openai: Any = None
+
+NEEDED: Mapping[str, str] = {"smg": "smg>=1.13", "smg_grpc_proto": "smg-grpc-proto>=0.4.28", "openai": "openai>=3.57",
+                             "llguidance": "llguidance>=1.9"}
+"""Modules that jaxinfer can do without and this cannot, and what pip calls them."""
 SERVER = (sys.executable, "-m", "jaxinfer.cli", "serve", "--model", "demo", "--port", "0", "--max-model-len", "1024",
           "--max-num-seqs", "16", "--max-waiting", "32")
 NUM_SERVERS = 2
@@ -174,7 +182,17 @@ def perform(command: Sequence[str], say: Say) -> None:
             say(line)
 
 
+def what_is_missing() -> str:
+    """Which packages, and the command that installs them; "" if none."""
+    names = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    install = shlex.join([sys.executable, "-m", "pip", "install", *(NEEDED[name] for name in names)])
+    return f"{', '.join(names)} missing; install with: {install}" if names else ""
+
+
 def main(command: Sequence[str] = SERVER) -> int:
+    if missing := what_is_missing():
+        print(f"smg-demo: {missing}", file=sys.stderr)
+        return 1
     try:
         perform(command, lambda line: print(line, flush=True))
     except (ServerFailed, GatewayFailed, openai.APIError, ValueError) as error:

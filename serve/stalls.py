@@ -1,7 +1,8 @@
-"""Streams whose client does not read: ended after a while, so that nothing is kept for them.
+"""Calls whose client does not read: ended after a while, so that they hold no place.
 
 The engine never waits for a reader, stalled or not: what it makes is kept as messages (`codec.Outbox`). A write that
 gRPC does not take means that its own buffers for the stream are full, and that the client has not read meanwhile.
+A call that waits for the engine writes nothing, and is not stalled however long that takes.
 """
 
 import asyncio
@@ -67,23 +68,44 @@ class WatchedContext:
             self._task.cancel()
 
 
+class Answer:
+    """The one message of a call that is no stream, from when it is gRPC's to write until the call's task has ended."""
+
+    __slots__ = ("_method", "_task", "was_stalled", "writing_since")
+
+    def __init__(self, method: str, task: asyncio.Task[Any], now: float):
+        self._method = method
+        self._task = task
+        self.writing_since = now
+        self.was_stalled = False
+
+    def end(self) -> None:
+        """Gives up the call's place. gRPC has the message, and hands it out should the client still read it."""
+        self.was_stalled = True
+        self._task.cancel()
+        log.warning("an answer of %s was given up: its client did not read it", self._method)
+
+
 class EndStalled(grpc.aio.ServerInterceptor):
-    """Ends streams that were not read for `timeout` seconds, with DEADLINE_EXCEEDED. Lives on one event loop.
+    """Ends calls that were not read for `timeout` seconds, streams with DEADLINE_EXCEEDED. Lives on one event loop.
+
+    An answer that is no stream is written by gRPC as a whole, its status behind it, so no other status can be sent: the
+    call ends here only, and what it held is free but for the bytes of that answer.
 
     It must come before interceptors whose handlers read bytes, as `RefuseMalformed`.
     """
 
     def __init__(self, timeout: float):
         self._timeout = timeout
-        self._running: set[WatchedContext] = set()
+        self._running: set[WatchedContext | Answer] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]],
                                 handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler.response_streaming:
-            return handler
         method = handler_call_details.method
+        if handler is None or not handler.response_streaming:
+            return self._answering(handler, method)
         answer = handler.stream_stream or handler.unary_stream
 
         async def watched(request: bytes | AsyncIterator[bytes], context: Context) -> None:
@@ -93,13 +115,37 @@ class EndStalled(grpc.aio.ServerInterceptor):
             grpc.unary_stream_rpc_method_handler)
         return make(watched, handler.request_deserializer, handler.response_serializer)
 
+    def _answering(self, handler: Any, method: str) -> grpc.RpcMethodHandler | None:
+        """Of one request and one answer; we have no calls that take a stream and answer once."""
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def watched(request: bytes, context: Context) -> Any:
+            response = await handler.unary_unary(request, context)
+            self._watch_answer(method)
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(watched, handler.request_deserializer, handler.response_serializer)
+
+    def _watch_answer(self, method: str) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if task is None:
+            return
+        answer = Answer(method, task, loop.time())
+        self._running.add(answer)
+        task.add_done_callback(lambda _: self._running.discard(answer))
+        self._look_later(loop)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout / CHECKS, self._check, loop)
+
     async def _run(self, answer: Callable[[Any, Any], Any], request: Any, context: Context, method: str) -> None:
         loop = asyncio.get_running_loop()
         watched = WatchedContext(context, loop)
         seen: Any = watched
         self._running.add(watched)
-        if self._timer is None:
-            self._timer = loop.call_later(self._timeout / CHECKS, self._check, loop)
+        self._look_later(loop)
         try:
             await send(answer(request, seen), seen)
         except asyncio.CancelledError:
@@ -114,8 +160,9 @@ class EndStalled(grpc.aio.ServerInterceptor):
         for watched in self._running:
             if watched.writing_since < limit and not watched.was_stalled:
                 watched.end()
-        again = bool(self._running)
-        self._timer = loop.call_later(self._timeout / CHECKS, self._check, loop) if again else None
+        self._timer = None
+        if self._running:
+            self._look_later(loop)
 
     async def _say(self, context: Context, method: str) -> None:
         text = f"nothing of this stream was read for {self._timeout:g} s, the limit; read it as it comes"

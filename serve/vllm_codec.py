@@ -18,7 +18,7 @@ from jaxinfer.core import Core, Load
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
-from serve.codec import MAX_TOKENS_PER_MESSAGE, likeliest, model_name
+from serve.codec import MAX_TOKENS_PER_MESSAGE, likeliest, model_name, weight_of_token
 from serve.generation import Generation
 
 SAME_NAMES = (
@@ -60,19 +60,19 @@ def prompt(message: pb.GenerateRequest) -> str | list[int]:
     raise InvalidRequest("input", "is missing; set tokenized or text")
 
 
-def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
+def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     """The fields that are not zero, over vLLM's defaults. Without max_tokens an output may be as long as fits.
 
-    A zero counts where the field has presence: max_tokens, logprobs, prompt_logprobs, seed, temperature. defaults: the
-    model's own; of them only the temperature counts, where it is not set.
+    A zero counts where the field has presence: max_tokens, logprobs, prompt_logprobs, seed, temperature. What the model
+    itself wishes for is the gateway's to fill in (`models_wishes`), so an unset field never means that here.
     """
     if message.HasField("truncate_prompt_tokens"):
         raise InvalidRequest("truncate_prompt_tokens", "is set, but prompts are never cut; send the tokens that count")
     sent = {one.name: value for one, value in message.ListFields() if one.name in SAME_NAMES}
-    base = SamplingParams(temperature=defaults.temperature, max_tokens=None)
     return replace(
-        base, **sent, stop=tuple(message.stop) or None, stop_token_ids=tuple(message.stop_token_ids) or None,
-        logit_bias=dict(message.logit_bias) or None, structured_outputs=structured_output(message),
+        SamplingParams(max_tokens=None), **sent, stop=tuple(message.stop) or None,
+        stop_token_ids=tuple(message.stop_token_ids) or None, logit_bias=dict(message.logit_bias) or None,
+        structured_outputs=structured_output(message),
         # Only tokens go out, so text is made where a stop string has to be found in it.
         detokenize=bool(message.stop), skip_special_tokens=message.skip_special_tokens)
 
@@ -91,14 +91,18 @@ def structured_output(message: pb.SamplingParams) -> StructuredOutput | None:
 
 
 class Outbox:
-    """What waits to be sent, as chunks of one sample each: new tokens join the sample's chunk that waits."""
+    """What waits to be sent, as chunks of one sample each: new tokens join the sample's chunk that waits.
+
+    Messages that grow no more wait as bytes, as in `codec.Outbox`.
+    """
 
     def __init__(self, generation: Generation):
-        self.messages: deque[pb.GenerateResponse] = deque()
+        self.messages: deque[pb.GenerateResponse | bytes] = deque()
         """Oldest first; `take` one to send it, and then it grows no more."""
         self._generation = generation
         self._limit = generation.request.params.logprobs
-        self._waiting: dict[int, pb.GenerateStreamChunk] = {}
+        self._most_tokens = MAX_TOKENS_PER_MESSAGE // weight_of_token(generation.request.params)
+        self._waiting: dict[int, pb.GenerateResponse] = {}  # the message of each sample that may grow
         self._said = dict.fromkeys(range(generation.request.params.n), 0)
         self._running = set(self._said)
         self._input_logprobs: pb.InputLogProbs | None = None
@@ -123,6 +127,8 @@ class Outbox:
 
     def take(self) -> pb.GenerateResponse:
         message = self.messages.popleft()
+        if isinstance(message, bytes):
+            return pb.GenerateResponse.FromString(message)
         if message.HasField("chunk"):
             self._waiting.pop(message.chunk.index, None)
         return message
@@ -134,15 +140,26 @@ class Outbox:
 
     def _chunk(self, index: int) -> pb.GenerateStreamChunk:
         """The sample's chunk that waits, or a new one."""
-        chunk = self._waiting.get(index)
-        if chunk is None or len(chunk.token_ids) >= MAX_TOKENS_PER_MESSAGE or self._input_logprobs is not None:
-            message = pb.GenerateResponse(chunk=pb.GenerateStreamChunk(
-                index=index, prompt_tokens=len(self._generation.request.prompt),
-                cached_tokens=self._generation.num_cached_tokens, input_logprobs=self._input_logprobs))
-            self._input_logprobs = None
-            self.messages.append(message)
-            chunk = self._waiting[index] = message.chunk
-        return chunk
+        waiting = self._waiting.get(index)
+        if (waiting is not None and len(waiting.chunk.token_ids) < self._most_tokens
+                and self._input_logprobs is None):  # fmt: skip
+            return waiting.chunk
+        if waiting is not None:
+            self._pack(waiting)
+        message = pb.GenerateResponse(chunk=pb.GenerateStreamChunk(
+            index=index, prompt_tokens=len(self._generation.request.prompt),
+            cached_tokens=self._generation.num_cached_tokens, input_logprobs=self._input_logprobs))
+        self._input_logprobs = None
+        self._waiting[index] = message
+        self.messages.append(message)
+        return message.chunk
+
+    def _pack(self, message: pb.GenerateResponse) -> None:
+        """It is one of the newest: each sample has at most one that grows."""
+        for position in reversed(range(len(self.messages))):
+            if self.messages[position] is message:
+                self.messages[position] = message.SerializeToString()
+                return
 
     def _complete(self, index: int, finish_reason: str, stop_reason: int | str | None) -> None:
         self._running.discard(index)

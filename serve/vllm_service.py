@@ -15,6 +15,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
+from jaxinfer.errors import InvalidRequest
 from jaxinfer.tokenizer import Tokenizer
 from serve import vllm_codec
 from serve.bridge import Bridge, Stream
@@ -27,6 +28,8 @@ from serve.tokenizer_bundle import Bundle, bundle
 VLLM_SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 TOKENIZER_CHUNK_BYTES = 64 * 1024
 SERVER_TYPE = "jaxinfer"
+MAX_ABORTED = 4096
+"""Ids of one Abort."""
 
 
 class Abortable:
@@ -90,10 +93,10 @@ class VllmService(pb_grpc.VllmEngineServicer):
             async with Answering(self._served.calls, context, f"{VLLM_SERVICE_NAME}/Generate",
                                  request.request_id) as answering:
                 core, bridge = self._served.serving()
-                params = vllm_codec.sampling_params(request.sampling_params, core.intake.defaults.sampling)
+                params = vllm_codec.sampling_params(request.sampling_params)
                 asked = await self._served.request(vllm_codec.prompt(request), params,
                                                    request_id=request.request_id or None)
-                generation = answering.generation = Generation(asked, core.tokenizer)
+                generation = answering.generation = Generation(asked, core.tokenizer, streams=request.stream)
                 if not request.stream:
                     for message in await self._collect(bridge, generation, call):
                         yield message
@@ -118,9 +121,14 @@ class VllmService(pb_grpc.VllmEngineServicer):
         return list(vllm_codec.completes(generation))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        for request_id in request.request_ids:
-            self._abortables.abort(request_id)
-        return pb.AbortResponse()
+        """Passes every limit (`call_limit.ALWAYS_PASS`), so its own work is bounded here."""
+        async with Answering(self._served.calls, context):
+            if len(request.request_ids) > MAX_ABORTED:
+                raise InvalidRequest("request_ids", f"has {len(request.request_ids)} ids, the limit is {MAX_ABORTED}; "
+                                     "send the others in another call")
+            for request_id in request.request_ids:
+                self._abortables.abort(request_id)
+            return pb.AbortResponse()
 
     async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
         async with Answering(self._served.calls, context):

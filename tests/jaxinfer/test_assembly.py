@@ -141,6 +141,34 @@ def test_chunk_borders_do_not_matter_with_byte_fallback(ids, cuts, stops, finish
     assert not any(stop in output.outputs[0].text for stop in stops)
 
 
+def keeping_none(req: Request, chunks: list[TokenChunk]) -> tuple[list[Delta], RequestStats | None, int]:
+    """All deltas of an assembler that forgets what it has told; its report, and most of the tokens that it kept."""
+    assembler, deltas, most = Assembler(req, BYTES, keeps_output=False), [], 0
+    for chunk in chunks:
+        deltas += [delta] if (delta := assembler.feed(chunk)) is not None else []
+        (sample,) = assembler.output().outputs
+        most = max(most, len(sample.token_ids), len(sample.logprobs or ()), len(sample.text))
+    return deltas, assembler.stats(), most
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.sampled_from(LETTERS), max_size=20), cuts=st.lists(st.integers(0, 20), max_size=6),
+       stops=st.lists(st.text("abc é", min_size=1, max_size=4), max_size=3), min_tokens=st.integers(0, 8),
+       logprobs=st.sampled_from([None, 1]))
+def test_deltas_are_the_same_where_nothing_is_kept(ids, cuts, stops, min_tokens, logprobs):
+    req = request(stop=stops, min_tokens=min_tokens, logprobs=logprobs)
+    chunks = chunked(ids, cuts, "length")
+    for chunk in chunks:
+        chunk.stats = RequestStats(num_output_tokens=len(ids))
+        if logprobs:
+            chunk.logprobs = [TokenLogprobs(id, -1.0, 1) for id in chunk.token_ids]
+    deltas, output = run(req, chunks)
+    found, stats, most = keeping_none(req, chunks)
+    assert found == deltas
+    assert stats.num_output_tokens == output.metrics.num_output_tokens
+    assert most <= max((max(len(one.token_ids), len(one.text)) for one in deltas), default=0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("ab", max_size=20), cuts=st.lists(st.integers(0, 20), max_size=6),
        stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4))
@@ -292,6 +320,16 @@ def test_prompt_logprobs_come_once_and_begin_with_none():
               TokenChunk("r", 0, [a], prompt_logprobs=[*scores[1:], TokenLogprobs(a, -9.0, 1)])]
     assert run(req, chunks)[1].prompt_logprobs == [None, *({a: Logprob(-float(i), 1, "a")} for i in range(3))]
     assert run(request(n=2), chunks)[1].prompt_logprobs is None
+
+
+def test_prompt_logprobs_can_be_taken_away():
+    chunk = TokenChunk("r", 0, [4], prompt_logprobs=[TokenLogprobs(6, -0.5, 1), TokenLogprobs(7, -1.5, 2)])
+    for keeps_output in (True, False):
+        assembler = Assembler(request(prompt_logprobs=0), BYTES, keeps_output=keeps_output)
+        assembler.feed(chunk)
+        taken = assembler.take_prompt_logprobs()
+        assert [one and next(iter(one)) for one in taken] == [None, 6, 7]
+        assert assembler.output().prompt_logprobs == (taken if keeps_output else [None])
 
 
 def test_error_and_abort_keep_the_text_so_far():

@@ -21,13 +21,13 @@ class Bridged:
         self.bridge = Bridge(self.engine, asyncio.get_running_loop())
         self.consumed: list[TokenChunk] = []
         self.num_wake_ups = 0
-        wake = self.bridge._doorbell._wake
+        wake = self.bridge._arrivals._doorbell._wake
 
         def counted() -> None:
             self.num_wake_ups += 1
             wake()
 
-        self.bridge._doorbell._wake = counted  # pyright: ignore[reportAttributeAccessIssue]
+        self.bridge._arrivals._doorbell._wake = counted  # pyright: ignore[reportAttributeAccessIssue]
 
     def open(self, name: str = "r", n: int = 1, max_tokens: int = 3) -> Stream:
         return self.bridge.open(request(name, n, max_tokens), self.consume)

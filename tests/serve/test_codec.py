@@ -19,7 +19,7 @@ def outbox(**params) -> codec.Outbox:
 
 def sent(box: codec.Outbox) -> pb.GenerateStreamResponse:
     """The oldest message as it goes over the wire."""
-    return pb.GenerateStreamResponse.FromString(box.messages.popleft().SerializeToString())
+    return pb.GenerateStreamResponse.FromString(box.take().SerializeToString())
 
 
 def delta(text: str, *ids: int, index: int = 0, **rest) -> Delta:
@@ -87,8 +87,53 @@ def test_the_largest_message_fits_into_grpcs_default_limit():
     position = {id: Logprob(-12.5, rank, "a long token's text") for rank, id in enumerate(range(100_000, 100_020), 1)}
     ids = range(100_000, 100_000 + codec.MAX_TOKENS_PER_MESSAGE + 7)
     box.add(delta("x" * 8 * len(ids), *ids, logprobs=[position] * len(ids)))
-    assert len(box.messages[0].deltas[0].logprobs[0].top) == 20
-    assert box.messages[0].ByteSize() < 4 * 1024 * 1024
+    message = box.take()
+    assert len(message.deltas[0].logprobs[0].top) == 20
+    assert message.ByteSize() < 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize(("logprobs", "most"), [(None, 1024), (0, 1024 // 5), (20, 1024 // 85)])
+def test_what_waits_behind_the_newest_message_is_bytes(logprobs: int | None, most: int):
+    """A message that may grow is the only one of objects, and the smaller the more a token brings along."""
+    box, position = outbox(logprobs=logprobs), {7: Logprob(-0.5, 1, "g"), 8: Logprob(-1.5, 2, "h")}
+    for _ in range(3 * most):
+        box.add(delta("g", 7, logprobs=None if logprobs is None else [position]))
+    box.add(delta("", finish_reason="length"))
+    box.close(RequestStats(arrival=1.0, first_token=2.0, finished=4.0))
+    assert [isinstance(one, bytes) for one in box.messages][:-1] == [True] * (len(box.messages) - 1)
+    assert isinstance(box.messages[-1], pb.GenerateStreamResponse)
+    taken = [sent(box) for _ in range(len(box.messages))]
+    assert all(len(one.deltas[0].token_ids) <= most + 1 for one in taken)
+    assert sum(len(one.deltas[0].token_ids) for one in taken) == 3 * most
+    assert sum(len(one.deltas[0].logprobs) for one in taken) == (0 if logprobs is None else 3 * most)
+    assert taken[0].request_id == "r" and taken[-1].HasField("usage")
+    assert "".join(one.deltas[0].text for one in taken) == "g" * 3 * most
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("logprobs", [None, 20])
+def test_what_waits_takes_memory_as_its_bytes_do(logprobs: int | None):
+    """Of 100 readers that have stopped: each step's text joins the one before, 1,000 times."""
+    position = {id: Logprob(-0.5 * id, id, "x") for id in range(1, 21)}
+    boxes, before = [outbox(logprobs=logprobs) for _ in range(100)], resident_bytes()
+    for _ in range(1000 if logprobs is None else 100):
+        for box in boxes:
+            box.add(delta("a word", 1, logprobs=None if logprobs is None else [position]))
+    assert resident_bytes() - before < 20_000_000
+    assert len("".join(entry.text for entry in (sent(boxes[0]).deltas))) >= 6 * 12
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_log_probabilities_of_a_long_prompt_wait_as_bytes_too():
+    box, position = outbox(prompt_logprobs=1), {7: Logprob(-0.5, 1, "g")}
+    box.add_prompt_logprobs([None, *[position] * 3000])
+    box.add(delta("a", 1))
+    assert [isinstance(one, bytes) for one in box.messages] == [True, True, True, False]
+    taken = [sent(box) for _ in range(4)]
+    assert [len(one.prompt_logprobs) for one in taken] == [1023, 1024, 953, 0]
 
 
 def test_only_fields_that_were_sent_replace_the_defaults():

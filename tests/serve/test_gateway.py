@@ -1,11 +1,13 @@
 """A client that nobody here wrote: the gateway `smg` in front of our servers, asked through the `openai` client."""
 
+import asyncio
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +165,73 @@ def test_an_overload_is_429_and_what_waits_is_answered(folder: Path):
                 assert "".join(part.text for part in parts) == "cde"
 
 
+def test_more_at_once_than_http2_usually_allows_a_connection(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The gateway has one connection to a server: what the queue has no place for is refused and not held back on it,
+    and the gateway's health checks go on."""
+    checks = counting_health_checks(monkeypatch)
+    engine = CountingEngine(pace=0.001, max_waiting=270)
+    with serving(make_core(engine, folder=folder)) as served, \
+            fronted(served, **{"health-check-interval-secs": "1"}) as (front, api), ThreadPoolExecutor(1) as pool:
+        engine.paused = True
+        answers = pool.submit(asyncio.run, ask_at_once(front.url, api.model, 300))
+        eventually(lambda: len(engine.rows) == 270, timeout=20)
+        eventually(lambda: served.server.served.calls.ended["RESOURCE_EXHAUSTED"] >= 30, timeout=20)
+        before = len(checks)
+        eventually(lambda: len(checks) >= before + 2, timeout=10)
+        assert [worker["is_healthy"] for worker in front.workers()] == [True]
+        engine.paused = False
+        assert Counter(answers.result(timeout=60)) == {"cde": 270, "429": 30}
+
+
+def counting_health_checks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The gateway's, as they arrive, of servers that are started from now on."""
+    from serve.vllm_service import VllmService
+
+    found: list[Any] = []
+    check = VllmService.HealthCheck
+
+    async def noted(self: VllmService, request: Any, context: Any) -> Any:
+        found.append(request)
+        return await check(self, request, context)
+
+    monkeypatch.setattr(VllmService, "HealthCheck", noted)
+    return found
+
+
+async def ask_at_once(url: str, model: str, count: int) -> list[str]:
+    """The texts of so many completions that run at the same time, or the statuses that they were refused with."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        async def ask() -> str:
+            try:
+                return texts_of(await client.completions.create(model=model, prompt="ab", max_tokens=3))
+            except openai.APIStatusError as error:
+                return str(error.status_code)
+
+        return await asyncio.gather(*(ask() for _ in range(count)))
+
+
+def wished(engine: CountingEngine) -> list[float]:
+    """The temperatures of the requests that arrive there, from now on."""
+    found: list[float] = []
+    submit = engine.submit
+
+    def noted(request: Any, consumer: Any) -> None:
+        found.append(request.params.temperature)
+        submit(request, consumer)
+
+    engine.submit = noted  # type: ignore[method-assign]
+    return found
+
+
+def test_the_gateway_fills_in_what_the_model_wishes_for(folder: Path):
+    engine = CountingEngine(pace=0.001)
+    with serving(make_core(engine, folder=folder)) as served, fronted(served) as (_, api):
+        found = wished(engine)
+        api.complete("ab", max_tokens=3)
+        api.complete("ab", max_tokens=3, temperature=0)
+        assert found == [pytest.approx(0.7), 0.0]
+
+
 def test_a_client_that_leaves_frees_its_row(folder: Path):
     engine = CountingEngine(pace=0.01)
     with serving(make_core(engine, folder=folder)) as served, fronted(served) as (_, api):
@@ -254,7 +323,31 @@ def test_a_demo_whose_server_does_not_start_says_so(capfd: pytest.CaptureFixture
     assert "smg-demo: the service ended with exit code 3 before it was ready" in capfd.readouterr().err
 
 
-def test_the_demo_says_what_is_missing(repository: Path):
-    script = "import sys; sys.modules['smg'] = None; from serve.gateway import gateway\nwith gateway(['x:1']): pass"
+@pytest.mark.parametrize(("missing", "named", "package"), [
+    (["smg"], "smg", "smg>=1.13"), (["smg_grpc_proto"], "smg_grpc_proto", "smg-grpc-proto>="),
+    (["smg", "openai"], "smg, openai", "openai>="),
+])
+def test_the_demo_says_what_is_missing_before_it_starts_anything(repository: Path, missing: list[str], named: str,
+                                                                package: str):
+    """The packages are hidden from a process of its own; a server that it started would say so and fail."""
+    script = ("import sys, importlib.util as util; find = util.find_spec\n"
+              f"sys.modules.update(dict.fromkeys({missing}))\n"
+              f"util.find_spec = lambda name: None if name in {missing} else find(name)\n"
+              "from serve import smg_demo\n"
+              "sys.exit(smg_demo.main((sys.executable, '-c', 'print(1 / 0)')))")
     found = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False)
-    assert found.returncode == 1 and "pip install smg" in found.stderr
+    assert found.returncode == 1 and not found.stdout
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"smg-demo: {named} missing; install with: {sys.executable} -m pip install")
+    assert package in line
+
+
+def test_what_the_demo_needs_is_what_developers_install(repository: Path):
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(smg_demo.NEEDED.values()) <= {one.partition(";")[0] for one in extras["dev"]}
+
+
+def test_a_gateway_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GatewayFailed, match="pip install smg"), gateway(["127.0.0.1:1"]):
+        pass

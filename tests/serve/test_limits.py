@@ -172,8 +172,29 @@ def answers(client: Client) -> bool:
 
 def test_the_defaults_that_are_shipped():
     config = ServerConfig()
-    assert (config.max_streams, config.max_metadata_bytes, config.max_request_bytes) == (256, 16_384, 4_194_304)
+    assert (config.max_metadata_bytes, config.max_request_bytes) == (16_384, 4_194_304)
     assert (config.max_calls, config.stall_timeout) == (8192, 60)
+
+
+@pytest.mark.parametrize(("settings", "streams"), [
+    ({}, 8192 + 1024), ({"max_calls": 10}, 1034), ({"max_calls": 2**31 - 1}, 2**31 - 1),
+    ({"max_streams": 256}, 256), ({"max_streams": 20, "max_calls": 10}, 20),
+])
+def test_a_connection_may_run_every_call_unless_told_otherwise(settings: dict, streams: int):
+    """A client holds back what is over a connection's limit: then nothing could be refused, and no probe answered."""
+    assert dict(ServerConfig(**settings).channel_options())["grpc.max_concurrent_streams"] == streams
+
+
+def test_what_is_too_much_on_one_connection_is_refused_and_not_held_back():
+    """More calls at once than the 256 that HTTP/2 servers usually allow a connection."""
+    engine = CountingEngine(max_waiting=270)
+    with serving(make_core(engine)) as served:
+        streams = [served.client.stream("a", max_tokens=3) for _ in range(300)]
+        eventually(lambda: len(engine.rows) == 270)
+        eventually(lambda: served.server.served.calls.ended["RESOURCE_EXHAUSTED"] == 30)
+        served.client.wait_ready(1)
+        for stream in streams:
+            stream.cancel()
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -103,6 +104,52 @@ def test_many_stalled_streams_leave_no_rows(served: Served):
     for one in stalled:
         one.rest()
     served.call(idle(served))
+
+
+class Unread:
+    """A call of Generate whose answer, of some megabytes, is not read until `read`."""
+
+    def __init__(self, served: Served):
+        self._channel = grpc.insecure_channel(served.server.address, options=(
+            *SMALL_WINDOW, ("grpc.max_receive_message_length", -1)))
+        sampling = pb.SamplingParams(max_tokens=4000, ignore_eos=True, logprobs=20)
+        # As a stream: a client of the call as it is would read at once.
+        self._call = self._channel.unary_stream("/jaxinfer.v1.GenerationService/Generate")(
+            pb.GenerateRequest(text="a", sampling=sampling).SerializeToString())
+
+    def read(self) -> pb.GenerateResponse:
+        (data,) = self._call
+        self._channel.close()
+        return pb.GenerateResponse.FromString(data)
+
+
+def test_an_answer_that_nobody_reads_gives_its_place_back(caplog: pytest.LogCaptureFixture):
+    core = make_core(CountingEngine(tokens_per_step=500, pace=0.001))
+    with serving(core, stall_timeout=1.0, max_calls=1) as served:
+        unread = Unread(served)
+        eventually(lambda: served.server.served.calls.ended["OK"] == 1)
+        with pytest.raises(grpc.RpcError, match="the limit is 1"):
+            served.client.load()
+        eventually(lambda: "an answer of /jaxinfer.v1.GenerationService/Generate was given up" in caplog.text)
+        eventually(lambda: accepted(served))
+        assert len(unread.read().completions[0].token_ids) == 4000, "who reads it late still has all of it"
+
+
+def accepted(served: Served) -> bool:
+    try:
+        return served.client.generate("ab", max_tokens=3).text == "cde"
+    except grpc.RpcError:
+        return False
+
+
+def test_an_answer_that_waits_for_the_engine_is_not_stalled(served: Served):
+    served.engine.paused = True
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(served.client.generate, "ab", max_tokens=3)
+        eventually(lambda: served.engine.rows)
+        served.call(asyncio.sleep(1.0))
+        served.engine.paused = False
+        assert answer.result(timeout=10).text == "cde"
 
 
 def test_a_stop_does_not_wait_for_a_stalled_stream():

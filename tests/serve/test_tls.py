@@ -1,6 +1,7 @@
 """TLS and client certificates over real connections, and their replacement while the server runs."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from counting_engine import CountingEngine, make_core
 from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
+from serve import server_tls
 from serve.client import AsyncClient, Client
 from serve.client_security import Tls
 from serve.server import Server, ServerConfig
@@ -117,9 +119,35 @@ def test_new_client_authorities_without_a_restart(issued: Issued, authority: Aut
         assert code_of(served.server.address, ours) is UNAVAILABLE
 
 
+@pytest.fixture(params=["in memory", "on disk"])
+def way_to_check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "on disk":
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    elif not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no files in memory")
+
+
+@pytest.mark.usefixtures("way_to_check")
+def test_what_is_checked_is_what_is_used(issued: Issued, stranger: Authority, monkeypatch: pytest.MonkeyPatch):
+    """The files are replaced between two reads: the key is the old one and the certificate is new."""
+    other, read = stranger.issue("server"), server_tls._bytes
+
+    def replaced_meanwhile(field: str, path: Path) -> bytes:
+        data = read(field, path)
+        issued.replace(other)
+        return data
+
+    ServerTls(issued.cert, issued.key)
+    monkeypatch.setattr(server_tls, "_bytes", replaced_meanwhile)
+    with pytest.raises(InvalidConfig, match="are not a PEM certificate and its private key"):
+        ServerTls(issued.cert, issued.key)
+    ServerTls(issued.cert, issued.key)
+
+
 # ---- what cannot be used is said before anything listens
 
 
+@pytest.mark.usefixtures("way_to_check")
 def test_files_that_cannot_be_used(issued: Issued, authority: Authority, tmp_path: Path):
     other, text = authority.issue("other"), tmp_path / "text.pem"
     text.write_text("no certificate")

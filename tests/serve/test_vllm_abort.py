@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from counting_engine import CountingEngine, make_core
 from serving import Served, eventually, serving
@@ -14,6 +15,9 @@ pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from vllm_peer import Peer, connected, refusal
+
+from serve.call_limit import ALWAYS_PASS
+from serve.vllm_service import MAX_ABORTED, VLLM_SERVICE_NAME
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -110,3 +114,41 @@ def test_nothing_is_kept_of_calls_that_ended(stepped: Served, slow: Peer):
     eventually(lambda: stepped.server.served.calls.num_running == 0)
     slow.abort("refused", "cancelled")
     assert stepped.server.served.serving()[1].num_streams == 0
+
+
+def test_a_server_at_its_limit_answers_health_checks_and_aborts():
+    """With every place taken, also by calls that wait in the queue."""
+    engine = CountingEngine()
+    with serving(make_core(engine), max_calls=2) as served, connected(served.server.address) as peer:
+        calls = [peer.start(request_id=name, max_tokens=100) for name in ("one", "two")]
+        eventually(lambda: len(engine.rows) == 2)
+        code, text = refusal(lambda: peer.start(request_id="three"))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "the limit is 2" in text
+        for _ in range(5):
+            assert peer.stub.HealthCheck(pb.HealthCheckRequest(), timeout=5).healthy
+        peer.abort("two")
+        assert [one.complete.finish_reason for one in calls[1]] == ["abort"]
+        eventually(lambda: accepts(peer))
+        peer.abort("one")
+
+
+def accepts(peer: Peer) -> bool:
+    try:
+        peer.stub.GetLoads(pb.GetLoadsRequest(), timeout=5)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def test_what_always_passes_is_there():
+    names = {f"/{VLLM_SERVICE_NAME}/{method}" for method in ("HealthCheck", "Abort")}
+    assert {one for one in ALWAYS_PASS if VLLM_SERVICE_NAME in one} == names
+    known = {method.name for method in pb.DESCRIPTOR.services_by_name["VllmEngine"].methods}
+    assert {name.rpartition("/")[2] for name in names} <= known
+
+
+def test_the_ids_of_one_abort_are_bounded(served: Served, peer: Peer):
+    peer.abort(*["unknown"] * MAX_ABORTED)
+    code, text = refusal(lambda: peer.abort(*["unknown"] * (MAX_ABORTED + 1)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert all(word in text for word in ("request_ids", str(MAX_ABORTED), str(MAX_ABORTED + 1)))

@@ -81,3 +81,25 @@ def test_log_probabilities_stay_with_their_tokens():
     assert (list(found.token_ids), list(found.token_logprobs)) == ([3, 4], [-3.0, -4.0])
     assert [(list(one.token_ids), list(one.values)) for one in found.top_logprobs] == [([9], [-0.25])] * 2
     assert list(message.chunk.input_logprobs.token_ids) == [1, 2]
+
+
+def test_messages_that_grow_no_more_wait_as_bytes():
+    box, most = outbox(2, logprobs=20), MAX_TOKENS_PER_MESSAGE // 85
+    for id in range(3 * most):
+        for index in (0, 1):
+            box.add(Delta("r", index, token_ids=[id], logprobs=[{id: Logprob(-float(id), 1)}]))
+    assert [isinstance(one, bytes) for one in box.messages] == [True] * 4 + [False] * 2
+    taken = take_all(box)
+    assert [(one.chunk.index, len(one.chunk.token_ids)) for one in taken] == [(0, most), (1, most)] * 3
+    for index in (0, 1):
+        own = [one.chunk.output_logprobs for one in taken if one.chunk.index == index]
+        assert [value for one in own for value in one.token_logprobs] == [-float(id) for id in range(3 * most)]
+
+
+def test_a_sample_whose_message_was_taken_as_bytes_goes_on_in_its_newest_one():
+    box = outbox()
+    for id in range(MAX_TOKENS_PER_MESSAGE + 1):
+        box.add(Delta("r", 0, token_ids=[id]))
+    assert len(box.take().chunk.token_ids) == MAX_TOKENS_PER_MESSAGE
+    box.add(Delta("r", 0, token_ids=[0]))
+    assert [len(one.chunk.token_ids) for one in take_all(box)] == [2]

@@ -141,8 +141,9 @@ def params_of(stepped: Served, call: Any) -> tuple[SamplingParams, int]:
 
 
 def test_zero_means_default(stepped: Served, slow: Peer):
+    """vLLM's default also where the model wishes for another: this one's temperature is 0.7."""
     params, room = params_of(stepped, slow.start())
-    assert params == SamplingParams(temperature=0.7, max_tokens=None, detokenize=False, skip_special_tokens=False)
+    assert params == SamplingParams(temperature=1.0, max_tokens=None, detokenize=False, skip_special_tokens=False)
     assert room == 300_000 - 2
     params, room = params_of(stepped, slow.start(temperature=0.0, max_tokens=7))
     assert (params.temperature, room) == (0.0, 7)
