@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxinfer import cli, doctor, loading, options, quick_bench
+from jaxinfer import cli, command_parser, doctor, loading, options, quick_bench
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
@@ -93,7 +93,7 @@ def test_a_mistake_is_answered_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     error = capsys.readouterr().err
-    assert stop.value.code == cli.EXIT_USAGE
+    assert stop.value.code == command_parser.EXIT_USAGE
     assert message in error and error.count("\n") == 1 and "--help" in error
 
 
