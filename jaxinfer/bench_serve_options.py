@@ -36,6 +36,7 @@ DATASET = (
     Option("random_output_len", count, 128, "tokens an output"),
     Option("random_range_ratio", float, 0.0, "lengths are drawn between 1 - X and 1 + X times those two"),
     Option("random_prefix_len", count, 0, "tokens in front that all prompts share"),
+    Option("cache_salt", str, None, "share cached prefixes with runs of this salt (default: within the run)"),
     Option("output_len", count, None, "tokens an output, whatever the dataset says"),
 )
 SAMPLING = (

@@ -10,15 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.core import ModelInfo
+from jaxinfer.errors import InvalidConfig
 from serve.bench import dataset, results
 from serve.bench.arrivals import arrivals
 from serve.bench.config import BenchConfig
-from serve.bench.connection import Connections, ModelInfo, connected, with_lengths
+from serve.bench.connection import Connections, connected, with_lengths
 from serve.bench.open_loop import open_loop
 from serve.bench.record import Record
 from serve.bench.results import Run
 from serve.bench.sender import Sender, messages
-from serve.bench.speculation import fetch, speculated
+from serve.bench.speculation import Drafted, fetch, speculated
 from serve.bench.table import table
 
 FAILED = 1
@@ -44,13 +46,13 @@ async def measure(config: BenchConfig) -> tuple[Run, ModelInfo, dict[str, Any]]:
         if warmups:
             note(f"warming up with {len(warmups)} requests")
             await warm(config, connections, warmups)
-        before = await drafted(config)
+        before = await drafted(config, None)
         with progress(config) as on_end, undisturbed():
             sender = Sender(connections, requests, config.timeout, keep_text=config.save_detailed, on_end=on_end)
             done = await open_loop(
                 arrivals(len(requests), config.request_rate, config.burstiness, config.seed), sender.send,
                 max_concurrency=config.max_concurrency, closed=config.is_closed_loop)
-        after = await drafted(config)
+        after = await drafted(config, before)
         return done, info, speculated(before, after) if before and after else {}
 
 
@@ -58,7 +60,7 @@ def samples_of(config: BenchConfig, info: ModelInfo | None) -> list[dataset.Samp
     """Warm-ups first. info: None for prompts of a file."""
     num = config.num_warmups + config.num_prompts
     if info is not None:
-        return dataset.random_samples(config, info.vocab_size, info.eos_token_ids, num)
+        return dataset.random_samples(config, info, num)
     samples = dataset.file_samples(config, num)
     distinct = len({id(sample) for sample in samples})
     if distinct < num:
@@ -72,11 +74,17 @@ async def warm(config: BenchConfig, connections: Connections, requests: Sequence
     await open_loop([0.0] * len(requests), sender.send, max_concurrency=config.max_concurrency)
 
 
-async def drafted(config: BenchConfig):
-    """None where no metrics were named."""
+async def drafted(config: BenchConfig, before: Drafted | None) -> Drafted | None:
+    """None where no metrics were named. Raises InvalidConfig, but not behind a run, whose figures are worth more."""
     if config.metrics_url is None:
         return None
-    return await asyncio.to_thread(fetch, config.metrics_url, config.tls_ca)
+    try:
+        return await asyncio.to_thread(fetch, config.metrics_url, config.tls_ca)
+    except InvalidConfig as error:
+        if before is None:
+            raise
+        note(f"nothing is known of speculation: {error}")
+        return before
 
 
 @contextmanager

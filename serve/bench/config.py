@@ -48,6 +48,7 @@ class BenchConfig:
     random_output_len: int = 128
     random_range_ratio: float = 0.0
     random_prefix_len: int = 0
+    cache_salt: str | None = None
     output_len: int | None = None
     ignore_eos: bool | None = None
     temperature: float | None = None

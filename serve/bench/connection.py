@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 
-from jaxinfer.core import ModelInfo
 from jaxinfer.errors import InvalidConfig
 from serve import answers
 from serve.bench.config import BenchConfig
@@ -25,6 +24,12 @@ OPTIONS = (
 )
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 10.0
+ADVICE = {
+    "UNAUTHENTICATED": "; name a file with its token: --token-file",
+    "UNAVAILABLE": "; start it with jaxinfer serve, name another with --address, or wait: --ready-check-timeout-sec",
+    "UNIMPLEMENTED": "; it must serve jaxinfer.v1, as jaxinfer serve does",
+}
+"""What to do where a server does not answer, by status."""
 
 
 class Connections:
@@ -86,17 +91,10 @@ async def asked(config: BenchConfig, call: Callable[[], Awaitable[Any]]) -> Any:
         except grpc.RpcError as error:
             code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
             if code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
-                raise InvalidConfig("address", f"{config.target} cannot be measured: {code.name}: {details}; "
-                                    f"{advice(code)}") from None
+                advice = ADVICE.get(code.name, "")
+                raise InvalidConfig("address", f"{config.target} cannot be measured: {code.name}: {details}{advice}"
+                                    ) from None  # fmt: skip
             await asyncio.sleep(POLL_SECONDS)
-
-
-def advice(code: grpc.StatusCode) -> str:
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        return "name a file with its token: --token-file"
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return "start it with jaxinfer serve, name another with --address, or wait with --ready-check-timeout-sec"
-    return "it must serve jaxinfer.v1, as jaxinfer serve does"
 
 
 async def with_lengths(connections: Connections, samples: list[Any], config: BenchConfig) -> list[int]:
@@ -122,6 +120,3 @@ def token(config: BenchConfig) -> str | None:
     if not 1 <= len(words) <= 2:
         raise InvalidConfig("token_file", f"{config.token_file} must begin with a line TOKEN or TENANT TOKEN")
     return words[-1]
-
-
-__all__ = ["Connections", "ModelInfo", "asked", "connected", "token", "with_lengths"]

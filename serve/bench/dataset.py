@@ -3,11 +3,11 @@
 import json
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.core import ModelInfo
 from jaxinfer.errors import InvalidConfig
 from serve.bench.config import BenchConfig
 
@@ -26,10 +26,13 @@ class Sample:
     answer: str | None = None
 
 
-def random_samples(config: BenchConfig, vocab_size: int, eos_token_ids: Sequence[int], num: int) -> list[Sample]:
-    """Token ids drawn evenly from all but end-of-sequence, behind one prefix. No two prompts share more than that."""
+def random_samples(config: BenchConfig, info: ModelInfo, num: int) -> list[Sample]:
+    """Token ids drawn evenly from all but end-of-sequence, behind one prefix that all prompts share.
+
+    Raises InvalidConfig where the model is too short for them.
+    """
     rng = random.Random(f"prompts {config.seed}")  # noqa: S311 - a load, not a secret
-    ids = [id for id in range(vocab_size) if id not in set(eos_token_ids)] or [0]
+    ids = [id for id in range(info.vocab_size) if id not in info.eos_token_ids] or [0]
     prefix = rng.choices(ids, k=config.random_prefix_len)
     shortest = 0 if prefix else 1
 
@@ -37,11 +40,17 @@ def random_samples(config: BenchConfig, vocab_size: int, eos_token_ids: Sequence
         ratio = config.random_range_ratio
         return max(rng.randint(math.floor(middle * (1 - ratio)), math.ceil(middle * (1 + ratio))), least)
 
-    return [
+    found = [
         Sample(prefix + rng.choices(ids, k=length(config.random_input_len, shortest)),
                config.output_len or length(config.random_output_len, 1))
         for _ in range(num)
     ]
+    longest = max(len(one.prompt) + one.output_len for one in found)
+    if longest > info.max_model_len:
+        raise InvalidConfig("random_input_len", f"prompts and their outputs would have up to {longest} tokens; "
+                            f"{info.name} takes {info.max_model_len}; ask for less of --random-input-len or "
+                            "--random-output-len")
+    return found
 
 
 def file_samples(config: BenchConfig, num: int) -> list[Sample]:

@@ -21,8 +21,9 @@ def plot(records: Sequence[Record], found: Mapping[str, Any]) -> str:
     done = [one for one in records if one.completed]
     seconds = max((one.ended for one in records), default=0.0)
     return chart(title, [
-        Panel("Requests that have arrived and not ended", "seconds", [Series("requests", in_flight(records, seconds))]),
-        Panel("Output tokens a second", "seconds", [Series("tokens/s", token_rate(records, seconds))]),
+        Panel("Requests that have arrived and not ended", "seconds", [Series("requests", in_flight(records, seconds))],
+              x_most=seconds),
+        Panel("Output tokens a second", "seconds", [Series("tokens/s", token_rate(records, seconds))], x_most=seconds),
         Panel("Latency in milliseconds, by percentile", "percentile",
               [Series(NAMES[key], spread(done, key)) for key in NAMES], is_log=True),
     ])

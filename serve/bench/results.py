@@ -19,7 +19,7 @@ VALUES: dict[str, Callable[[Record], Iterable[float | None]]] = {
 }
 LAG_SHARES = (50.0, 99.0)
 LATE_SHARE = 0.1
-"""Of the median TTFT: a generator that was later than this (p99) has measured itself."""
+"""A client whose lateness is more than this share of the TTFT, median or p99, has measured itself."""
 
 
 @dataclass(slots=True)
@@ -90,15 +90,14 @@ def lags(run: Run) -> dict[str, float | None]:
 
 def distrust(run: Run) -> str | None:
     """Why the figures should not be believed; None if the client kept up."""
-    median = figures.percentile(sorted(one.ttft for one in run.records if one.completed), 50)
-    if median is None:
-        return None
-    for name, values in (("requests were sent", [one.lag for one in run.records]),
-                         ("answers were read", run.loop_lags)):
-        late = figures.percentile(sorted(values), 99) or 0.0
-        if late > LATE_SHARE * median:
-            return (f"{name} up to {late * 1e3:.1f} ms late (p99), over {LATE_SHARE:.0%} of the median TTFT: this "
-                    "client is part of what was measured; give it a core of its own, or a lower rate")
+    waits = sorted(one.ttft for one in run.records if one.completed)
+    for name, values in (("sent requests", [one.lag for one in run.records]), ("read answers", run.loop_lags)):
+        ordered = sorted(values)
+        for share in LAG_SHARES:
+            wait, late = figures.percentile(waits, share), figures.percentile(ordered, share)
+            if wait is not None and late is not None and late > LATE_SHARE * wait:
+                return (f"this client {name} {late * 1e3:.1f} ms late (p{share:g}), over {LATE_SHARE:.0%} of the TTFT: "
+                        "it has measured itself, too; give it a core of its own, or a lower rate")
     return None
 
 

@@ -1,10 +1,12 @@
 """One request over gRPC: sent, read to its end, timed. Nothing is tried twice."""
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
+from jaxinfer.errors import InvalidConfig
 from serve.bench.config import BenchConfig
 from serve.bench.connection import Connections
 from serve.bench.dataset import Sample
@@ -16,13 +18,18 @@ SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def messages(config: BenchConfig, samples: Sequence[Sample], lengths: Sequence[int]) -> list[pb.GenerateRequest]:
-    """All requests, made before the first is due."""
+    """All requests, made before the first is due. Raises InvalidConfig."""
     chosen: dict[str, Any] = {name: getattr(config, name) for name in SAMPLING}
     chosen["ignore_eos"] = config.dataset == "random" if config.ignore_eos is None else config.ignore_eos
+    # Equal seeds make equal prompts: without a salt a second run would find those of the first in the server's cache.
+    salt = config.cache_salt or f"bench-{secrets.token_hex(8)}"
     found = []
     for number, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        options = Envelope(**chosen, max_tokens=length, request_id=f"bench-{number}")
-        found.append(request_message(sample.prompt, options))
+        options = Envelope(**chosen, max_tokens=length, request_id=f"bench-{number}", cache_salt=salt)
+        try:
+            found.append(request_message(sample.prompt, options))
+        except (TypeError, ValueError) as error:  # no such token id, or text with half a character
+            raise InvalidConfig("dataset_path", f"a prompt cannot be sent: {error}") from None
     return found
 
 

@@ -25,11 +25,12 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One chart. is_log: of the y axis, which then shows nothing at or under 0."""
+    """One chart. x_most: where the x axis may end first. is_log: of the y axis, which then shows nothing under 0."""
 
     title: str
     x_label: str
     series: Sequence[Series]
+    x_most: float = 0.0
     is_log: bool = False
 
     def shown(self) -> list[Series]:
@@ -80,7 +81,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _panel(panel: Panel, top: int) -> Iterator[str]:
     shown = panel.shown()
     points = [point for one in shown for point in one.points]
-    x_ticks = linear_ticks(max((x for x, _ in points), default=1.0))
+    x_ticks = linear_ticks(max([panel.x_most, *(x for x, _ in points)]))
     heights = [y for _, y in points] or [1.0]
     y_ticks = log_ticks(min(heights), max(heights)) if panel.is_log else linear_ticks(max(heights))
     x_of = Scale(x_ticks, LEFT, WIDTH - RIGHT)
