@@ -17,7 +17,8 @@ VALUES: dict[str, Callable[[Record], Iterable[float | None]]] = {
     "server_ttft": lambda one: [one.server_ttft],
     "server_queue": lambda one: [one.server_queue],
 }
-LAG_SHARES = (50.0, 99.0)
+SHARES = (50.0, 99.0)
+"""Percentiles of what has no others."""
 LATE_SHARE = 0.1
 """A client whose lateness is more than this share of the TTFT, median or p99, has measured itself."""
 
@@ -59,7 +60,13 @@ def results(run: Run, metrics: Sequence[str], percentiles: Sequence[float], limi
     for name in metrics:
         values = [value * 1e3 for one in done for value in VALUES[name](one) if value is not None]
         found |= {f"{key}_{name}_ms": value for key, value in figures.summary(values, percentiles).items()}
-    return found | lags(run)
+    return found | time_to_fail(run.records) | lags(run)
+
+
+def time_to_fail(records: Sequence[Record]) -> dict[str, float | None]:
+    """Due to the error: a server that refuses should do so at once."""
+    ordered = sorted(one.e2el * 1e3 for one in records if not one.completed)
+    return {f"p{share:g}_time_to_fail_ms": figures.percentile(ordered, share) for share in SHARES}
 
 
 def milliseconds(one: Record) -> dict[str, float]:
@@ -83,7 +90,7 @@ def lags(run: Run) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, values in (("generator_lag", [one.lag for one in run.records]), ("loop_lag", run.loop_lags)):
         ordered = sorted(value * 1e3 for value in values)
-        found |= {f"p{share:g}_{name}_ms": figures.percentile(ordered, share) for share in LAG_SHARES}
+        found |= {f"p{share:g}_{name}_ms": figures.percentile(ordered, share) for share in SHARES}
         found[f"max_{name}_ms"] = ordered[-1] if ordered else None
     return found
 
@@ -93,7 +100,7 @@ def distrust(run: Run) -> str | None:
     waits = sorted(one.ttft for one in run.records if one.completed)
     for name, values in (("sent requests", [one.lag for one in run.records]), ("read answers", run.loop_lags)):
         ordered = sorted(values)
-        for share in LAG_SHARES:
+        for share in SHARES:
             wait, late = figures.percentile(waits, share), figures.percentile(ordered, share)
             if wait is not None and late is not None and late > LATE_SHARE * wait:
                 return (f"this client {name} {late * 1e3:.1f} ms late (p{share:g}), over {LATE_SHARE:.0%} of the TTFT: "

@@ -34,6 +34,8 @@ def head(found: Mapping[str, Any]) -> Iterator[str]:
     yield line("Failed requests:", found["failed"])
     for status, number in sorted(found["failed_by_status"].items()):
         yield line(f"  {status}:", number)
+    if found["failed"]:
+        yield line("  P99 time to fail (ms):", found["p99_time_to_fail_ms"])
     if found["max_concurrency"] is not None:
         yield line("Maximum request concurrency:", found["max_concurrency"])
     if found["request_rate"] != "inf":

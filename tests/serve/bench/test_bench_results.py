@@ -41,6 +41,8 @@ def test_counts_and_rates():
     # From the first sending (0.1) on: 1 token at 0.9, 1 at 1.15, 4 at 1.4, 2 at 2.9.
     assert found["max_output_tokens_per_s"] == 5
     assert found["request_goodput"] is None
+    assert found["p50_time_to_fail_ms"] == pytest.approx((0 + 500) / 2)
+    assert figures(run=Run([FIRST], 4.0))["p99_time_to_fail_ms"] is None
 
 
 def test_latencies_count_from_when_a_request_was_due():
