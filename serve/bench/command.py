@@ -53,7 +53,10 @@ async def measure(config: BenchConfig) -> tuple[Run, ModelInfo, dict[str, Any]]:
                 arrivals(len(requests), config.request_rate, config.burstiness, config.seed), sender.send,
                 max_concurrency=config.max_concurrency, closed=config.is_closed_loop)
         after = await drafted(config, before)
-        return done, info, speculated(before, after) if before and after else {}
+        spoken = speculated(before, after) if before and after else {}
+        if after and not spoken:
+            note("the server's metrics show no proposals of speculation in this run")
+        return done, info, spoken
 
 
 def samples_of(config: BenchConfig, info: ModelInfo | None) -> list[dataset.Sample]:

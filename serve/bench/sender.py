@@ -82,7 +82,7 @@ class Sender:
         if record.output_tokens and record.times:
             record.status = OK
         else:
-            record.error = "the stream ended without a token"
+            record.error = "the stream ended without tokens or without its end"
 
 
 def read_end(message: pb.GenerateStreamResponse, record: Record) -> None:

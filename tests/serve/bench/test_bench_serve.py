@@ -186,8 +186,9 @@ def test_the_connection_with_the_fewest_calls_is_taken():
 
     connections = Connections([Channel(), Channel()], None)
     assert [connections.acquire() for _ in range(3)] == [0, 1, 0]
-    connections.release(1)
-    assert connections.acquire() == 1
+    connections.release(0)
+    connections.release(0)
+    assert [connections.acquire() for _ in range(2)] == [0, 0]
 
 
 def test_warm_ups_do_not_count(served: Served, bench: Bench):
@@ -229,6 +230,26 @@ def test_tls_and_a_token(bench: Bench, tmp_path: Path):
         code, _, error = bench(served, *words)
         assert code == 1 and "UNAUTHENTICATED" in error and "--token-file" in error
         assert bench(served, *words, "--token-file", str(tmp_path / "tokens"))[1]["completed"] == 2
+
+
+def test_speculation_is_read_from_the_metrics(bench: Bench, monkeypatch):
+    """Each request that ends stands for one round, which kept two of four proposals."""
+    engine = CountingEngine(pace=0.001)
+    snapshot = engine.metrics
+
+    def metrics() -> dict[str, Any]:
+        found = snapshot()
+        rounds = found["finished"].get("length", 0)
+        return found | {"draft_tokens": 4 * rounds, "accepted_tokens": 2 * rounds, "rounds_by_accepted": {2: rounds}}
+
+    monkeypatch.setattr(engine, "metrics", metrics)
+    with serving(make_core(engine), metrics_port=0) as served:
+        assert served.server.metrics is not None
+        words = ("--num-prompts", "3", "--num-warmups", "2", "--input-len", "4", "--output-len", "3", "--metrics-url")
+        _, found, _ = bench(served, *words, served.server.metrics.url)
+    assert (found["spec_decode_num_drafts"], found["spec_decode_draft_tokens"]) == (3, 12)
+    assert (found["spec_decode_acceptance_rate"], found["spec_decode_acceptance_length"]) == (50, 3)
+    assert found["spec_decode_per_position_acceptance_rates"] == [1, 1]
 
 
 def test_metrics_that_cannot_be_read(served: Served, bench: Bench):
