@@ -61,6 +61,14 @@ def test_lines_of_prompts(tmp_path):
     assert {one.output_len for one in from_file(tmp_path / "x.jsonl", LINES, 3, output_len=5)} == {5}
 
 
+def test_the_seed_decides_the_order(tmp_path):
+    text = "".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(50))
+    first, again, other = ([one.prompt for one in from_file(tmp_path / "x.jsonl", text, 50, seed=seed)]
+                           for seed in (1, 1, 2))
+    assert first == again != other and sorted(first) == sorted(other)
+    assert first != sorted(first, key=int)
+
+
 def test_few_prompts_are_gone_through_again(tmp_path):
     found = from_file(tmp_path / "x.jsonl", LINES, 7)
     assert found[:3] == found[3:6] and found[6] == found[0]

@@ -45,7 +45,7 @@ def test_log_ticks_are_around_all():
 
 def test_a_scale_runs_either_way():
     assert Scale([0, 10], 100, 0)(2.5) == 75
-    assert Scale([1, 100], 0, 10, is_log=True)(10) == 5
+    assert Scale([1, 100], 0, 10, is_log=True)(10) == Scale([10, 1000], 0, 10, is_log=True)(100) == 5
 
 
 def test_text_is_escaped_and_nothing_is_drawn_of_nothing():
