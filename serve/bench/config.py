@@ -68,8 +68,8 @@ class BenchConfig:
         self._check_dataset()
         self._check_server()
         self._check_output()
-        for read in (lambda: self.limits, lambda: self.metrics, lambda: self.percentiles):
-            read()
+        for name in ("limits", "metrics", "percentiles"):
+            getattr(self, name)  # raises now, not behind the run
 
     @property
     def target(self) -> str:
