@@ -81,6 +81,8 @@ def test_the_clients_own_lateness():
     assert "read answers" in (results.distrust(Run([FIRST], 4.0, [0.2] * 9)) or "")
     assert results.distrust(Run([FIRST, SECOND], 4.0, [0.001])) is None
     assert results.distrust(Run([REFUSED], 4.0, [])) is None
+    fast = record(0.0, 0.0, [0.002], [1], handed=0.0009)
+    assert results.distrust(Run([fast], 1.0)) is None and results.distrust(Run([fast], 1.0, [0.0011])) is not None
 
 
 def test_details_are_one_a_request():
