@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate | chat | serve | convert | bench | doctor`.
+"""The command line: `jaxinfer generate | chat | serve | convert | bench | bench serve | doctor`.
 
 The composition root: it alone may import `serve`, and nothing imports it. Each command imports what it needs when it
 runs, so that `--help` and `--version` start neither jax nor numpy.
@@ -8,17 +8,17 @@ Exit codes: 0 done; 1 failed, with one line on standard error; 2 the command lin
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import jaxinfer
 from jaxinfer import shadowing
+from jaxinfer.bench_serve_options import BENCH_SERVE_OPTIONS, add_bench_serve_options
+from jaxinfer.command_parser import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED, Parser, add_command, joined
 from jaxinfer.errors import InvalidRequest, JaxInferError
 from jaxinfer.options import (
     DOCTOR_OPTIONS,
@@ -34,9 +34,6 @@ from jaxinfer.options import (
 
 if TYPE_CHECKING:
     from jaxinfer import LLM, SamplingParams
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted"
 
 
 # Commands. Each returns an exit code.
@@ -156,6 +153,14 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_serve(args: argparse.Namespace) -> int:
+    shadowing.check("serve")
+    from serve.bench import command
+    from serve.bench.config import BenchConfig
+
+    return command.run(BenchConfig(**given(args, BENCH_SERVE_OPTIONS)))
+
+
 def doctor(args: argparse.Namespace) -> int:
     from jaxinfer import doctor as report
 
@@ -195,47 +200,6 @@ def print_stream(llm: "LLM", prompt: Any, params: "SamplingParams", pieces: list
 # The parser.
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers mistakes in one line, with the nearest name."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = re.search(r"COMMAND: invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if wrong:
-            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
-            message = f"unknown command {wrong[1]!r}{nearest(wrong[1], choices)}"
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} ({self.prog} --help lists all)\n")
-
-    def unknown(self, arguments: Sequence[str]) -> NoReturn:
-        """Complain about what no option took."""
-        flag = next((text for text in arguments if text.startswith("-")), None)
-        if flag is None:
-            self.error(f"unexpected {arguments[0]}")
-        known = [name for action in self._actions for name in action.option_strings]
-        self.error(f"unknown option {flag}{nearest(flag.partition('=')[0], known)}")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def add_command(
-    commands: Any, run: Callable[[argparse.Namespace], int], words: str, text: str, examples: str
-) -> Parser:
-    """A sub-parser whose help ends with a line to copy."""
-    parser = commands.add_parser(
-        run.__name__,
-        usage=f"jaxinfer {run.__name__} {words} [options]",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example:\n  {examples}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, parser=parser)
-    return parser
-
-
 def add_model(parser: Parser, more_words: str | None = None) -> None:
     """The model as the first word or as an option; `more_words` says what may follow it."""
     text = "model folder, or demo (default: demo)"
@@ -265,6 +229,7 @@ def make_parser() -> Parser:
     add_serve(commands)
     add_convert(commands)
     add_bench(commands)
+    add_bench_serve(commands)
     add_doctor(commands)
     return parser
 
@@ -350,6 +315,17 @@ def add_bench(commands: Any) -> None:
     add_engine_options(parser)
 
 
+def add_bench_serve(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        bench_serve,
+        "",
+        "measure a running server: requests at a rate, their latencies, goodput",
+        "jaxinfer bench serve --request-rate 4 --num-prompts 200 --goodput ttft:200 tpot:50",
+    )
+    add_bench_serve_options(parser)
+
+
 def add_doctor(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -375,7 +351,7 @@ def take_words(args: argparse.Namespace, unknown: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args, unknown = make_parser().parse_known_args(argv)
+    args, unknown = make_parser().parse_known_args(joined(sys.argv[1:] if argv is None else argv))
     take_words(args, unknown)
     try:
         return args.run(args)

@@ -36,14 +36,15 @@ class Option:
     default: Any
     help: str
 
-    def add_to(self, parser: argparse._ActionsContainer) -> None:
-        flag = f"--{self.name.replace('_', '-')}"
+    def add_to(self, parser: argparse._ActionsContainer, *also: str) -> None:
+        """also: other spellings of the flag."""
+        flags = (f"--{self.name.replace('_', '-')}", *also)
         shown = "" if self.default is None else f" (default: {self.default})"
         if self.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"{self.help}{shown}")
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=f"{self.help}{shown}")
         else:
             names = {count: "N", int: "N", float: "X", str: "TEXT", file: "FILE"}
-            parser.add_argument(flag, type=self.type, metavar=names[self.type], help=f"{self.help}{shown}")
+            parser.add_argument(*flags, type=self.type, metavar=names[self.type], help=f"{self.help}{shown}")
 
 
 ENGINE_OPTIONS = (

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxinfer import cli, doctor, loading, options, quick_bench
+from jaxinfer import cli, command_parser, doctor, loading, options, quick_bench
 from jaxinfer.errors import OutOfMemory
 from jaxinfer.outputs import CompletionOutput, Delta, RequestOutput
 from jaxinfer.request_limits import RequestLimits
@@ -83,6 +83,9 @@ MISTAKES = [
     ([], "required: COMMAND"),
     (["generate", "--max-tokens", "many"], "'many' is not a whole number"),
     (["serve", "--port", "x"], "--port"),
+    (["bench", "serve", "--request-rat", "3"], "unknown option --request-rat; did you mean --request-rate?"),
+    (["bench", "serve", "demo"], "unexpected demo"),
+    (["bench", "serve", "--request-rate", "fast"], "argument --request-rate: invalid float value: 'fast'"),
     (["convert", "a", "b", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
 ]
 
@@ -94,7 +97,7 @@ def test_a_mistake_is_answered_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     error = capsys.readouterr().err
-    assert stop.value.code == cli.EXIT_USAGE
+    assert stop.value.code == command_parser.EXIT_USAGE
     assert message in error and error.count("\n") == 1 and "--help" in error
 
 
@@ -356,6 +359,20 @@ def test_bench_measures(made, capsys):
     assert warm[1].max_tokens == 1
     assert len(prompts) == 5 and all(len(prompt) == 4 for prompt in prompts) and params.ignore_eos
     assert "first token, ms" in quick_bench.summary(quick_bench.Load(1, 1, 1), 1.0, []).table()
+
+
+def test_bench_serve_is_a_command_of_two_words(made, monkeypatch):
+    from serve.bench import command
+    from serve.bench.config import BenchConfig
+
+    seen = []
+    monkeypatch.setattr(command, "run", lambda config: seen.append(config) or 0)
+    words = ["--dataset", "random", "--input-len", "9", "--goodput", "ttft:1", "tpot:2", "--request-rate", "inf"]
+    assert cli.main(["bench", "serve", *words, "--ignore-eos"]) == 0
+    assert seen == [BenchConfig(dataset_name="random", random_input_len=9, goodput=["ttft:1", "tpot:2"],
+                                ignore_eos=True)]  # fmt: skip
+    assert not made
+    assert cli.main(["bench", "./serve", "--num-prompts", "1"]) == 0 and made[0].model == "./serve"
 
 
 def test_bench_refuses_nothing_to_do(made, capsys):

@@ -1,0 +1,1 @@
+"""`jaxinfer bench serve`: an open loop of requests against a running server. Knows grpc, never jax."""
