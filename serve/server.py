@@ -29,6 +29,7 @@ from serve.call_limit import LimitCalls
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.ended_request import Observer
 from serve.exposition import text_of
+from serve.health import Health
 from serve.malformed import RefuseMalformed
 from serve.metric_families import families
 from serve.metrics_server import MetricsServer
@@ -71,7 +72,7 @@ class Server:
         self.gateway_services: tuple[str, ...] = ()
         """Names of the services that only gateways call; none where their stubs are not installed."""
         self.port = 0
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health = Health()
         self._tls = tls_of(config)
         self._server = grpc.aio.server(interceptors=interceptors_of(config, self.served.calls.ended),
                                        options=config.channel_options())

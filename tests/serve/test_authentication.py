@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import grpc
 import pytest
 from counting_engine import CountingEngine, make_core
 from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
 from serve.client import AsyncClient, Client
+from serve.protos.jaxinfer.v1 import generation_pb2
 from serve.tokens import Tokens, read_tokens
 
 GOOD, OTHER, WRONG = "search-0123456789abcdef", "assist-0123456789abcdef", "nobody-0123456789abcdef"
@@ -41,22 +45,23 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def listed(address: str, token: str) -> dict[str, descriptor_pb2.MethodDescriptorProto]:
-    """All RPCs that the running server says it has, by their paths."""
+class Bearing(grpc.StreamStreamClientInterceptor):
+    """Sends a token with the calls of a client that knows of none."""
+
+    def __init__(self, token: str):
+        self._metadata = bearer(token)
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return continuation(client_call_details._replace(metadata=self._metadata), request_iterator)
+
+
+def listed(address: str, token: str) -> dict[str, MethodDescriptor]:
+    """All RPCs of all services that the running server says it has, by their paths."""
     with grpc.insecure_channel(address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-
-        def ask(**asked: str) -> Any:
-            request = reflection_pb2.ServerReflectionRequest(**asked)
-            return next(iter(stub.ServerReflectionInfo(iter([request]), metadata=bearer(token))))
-
-        found = {}
-        for service in ask(list_services="").list_services_response.service:
-            described = ask(file_containing_symbol=service.name).file_descriptor_response.file_descriptor_proto[0]
-            file = descriptor_pb2.FileDescriptorProto.FromString(described)
-            (one,) = (one for one in file.service if f"{file.package}.{one.name}" == service.name)
-            found |= {f"/{service.name}/{method.name}": method for method in one.method}
-    return found
+        database = ProtoReflectionDescriptorDatabase(grpc.intercept_channel(channel, Bearing(token)))
+        pool = DescriptorPool(database)
+        services = [pool.FindServiceByName(name) for name in database.get_services()]
+        return {f"/{service.full_name}/{method.name}": method for service in services for method in service.methods}
 
 
 def code_of(address: str, path: str, method: Any, metadata: Any) -> grpc.StatusCode:
@@ -79,15 +84,31 @@ def test_every_rpc_needs_a_token_and_only_health_is_open(guarded: Served):
     address = guarded.server.address
     rpcs = listed(address, GOOD)
     services = {path.split("/")[1] for path in rpcs}
-    assert services >= {"jaxinfer.v1.GenerationService", "jaxinfer.v1.DraftService", HEALTH,
-                        "grpc.reflection.v1alpha.ServerReflection"}
-    assert len(rpcs) >= 10
+    assert services == {"jaxinfer.v1.GenerationService", "jaxinfer.v1.DraftService", HEALTH,
+                        "grpc.reflection.v1alpha.ServerReflection", *expected_of_gateways()}
     for path, method in rpcs.items():
         is_open = path.startswith(f"/{HEALTH}/")
         for metadata in (None, bearer(WRONG), bearer(GOOD[:-1]), bearer(GOOD.upper()), bearer(GOOD) + bearer(WRONG)):
-            refused = code_of(address, path, method, metadata) is UNAUTHENTICATED
-            assert refused is not is_open, (path, metadata)
+            found = code_of(address, path, method, metadata)
+            assert found is (grpc.StatusCode.OK if is_open else UNAUTHENTICATED), (path, metadata)
         assert code_of(address, path, method, bearer(GOOD)) is not UNAUTHENTICATED, path
+
+
+def expected_of_gateways() -> set[str]:
+    """The services whose stubs are a package that may be missing."""
+    return {"vllm.grpc.engine.VllmEngine"} if find_spec("smg_grpc_proto") is not None else set()
+
+
+def test_every_method_of_the_stubs_is_among_them(guarded: Served):
+    """What is called above is what clients can call."""
+    rpcs = listed(guarded.server.address, GOOD)
+    wanted = [generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]]
+    if expected_of_gateways():
+        from smg_grpc_proto import vllm_engine_pb2
+
+        wanted.append(vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"])
+    for service in wanted:
+        assert {f"/{service.full_name}/{method.name}" for method in service.methods} <= rpcs.keys()
 
 
 def test_what_is_added_later_and_what_is_not_there_need_one_too(guarded: Served):
@@ -111,10 +132,15 @@ def forever() -> Iterator[bytes]:
     yield b""
 
 
-def test_health_answers_without(guarded: Served):
+def test_health_answers_without(guarded: Served, caplog: pytest.LogCaptureFixture):
+    serving_now = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
     with grpc.insecure_channel(guarded.server.address) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(health_pb2.HealthCheckRequest()) == serving_now
+        found = stub.List(health_pb2.HealthListRequest()).statuses
+    names = {"", "jaxinfer.v1.GenerationService", *expected_of_gateways()}
+    assert dict(found) == dict.fromkeys(names, serving_now)
+    assert not caplog.records, "who has no token cannot fill the log"
 
 
 @pytest.mark.parametrize(("value", "words"), [
