@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.errors import (
+        CompileFailed,
         EngineClosed,
         InvalidConfig,
         InvalidRequest,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "CompileFailed",
     "CompletionOutput",
     "EngineClosed",
     "InvalidConfig",

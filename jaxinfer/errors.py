@@ -43,6 +43,10 @@ class OutOfMemory(JaxInferError):
     """Weights, pages and temporaries do not fit in the device's memory."""
 
 
+class CompileFailed(JaxInferError):
+    """The device's compiler refused one of the engine's programs."""
+
+
 class Overloaded(JaxInferError):
     """The queue of waiting requests is full; try again later."""
 
@@ -81,6 +85,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(TokenizerMissing, "FAILED_PRECONDITION", 400),
     StatusRow(InvalidConfig, "FAILED_PRECONDITION", 400),
     StatusRow(ModelFormatError, "FAILED_PRECONDITION", 400),
+    StatusRow(CompileFailed, "FAILED_PRECONDITION", 400),
     StatusRow(Overloaded, "RESOURCE_EXHAUSTED", 429),
     StatusRow(OutOfMemory, "RESOURCE_EXHAUSTED", 429),
     StatusRow(EngineClosed, "UNAVAILABLE", 503),

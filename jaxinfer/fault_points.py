@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 class Harm(enum.Enum):
     """What a fault may take along."""
 
+    START = "the start: it is refused with the reason, and nothing is served"
     REQUEST = "the request it happens in ends, with its error"
     STEP = "nothing: rows are recomputed from their tokens"
     ENGINE = "the engine: every request ends with UNAVAILABLE, and the process with a status that is not 0"
 
 
 POINTS = {
+    "compile": Harm.START,  # one of the programs
     "receive": Harm.REQUEST,  # a message is made a request, on the event loop
     "intake": Harm.REQUEST,  # prompt and parameters are checked, wherever that runs
     "tokenize": Harm.REQUEST,

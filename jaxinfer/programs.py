@@ -13,12 +13,17 @@ import jax.numpy as jnp
 
 from jaxinfer import speculative_step, steps
 from jaxinfer.batch import Batcher
+from jaxinfer.errors import CompileFailed
+from jaxinfer.fault_points import fault_point
 from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
 from jaxinfer.model import Model
 from jaxinfer.types import SamplerForm, mask_width
 
 EXTRA_PAGES = 256
 """Page-table entries one `append_pages` call enters."""
+
+MAX_REASON = 300
+"""Characters of a compiler's own words in an error."""
 
 Key = tuple[Any, ...]
 
@@ -238,15 +243,28 @@ def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[
                 ) -> dict[Key, jax.stages.Compiled]:
     """All programs: traced and lowered here, one after the other, as that is Python; compiled or loaded from the
     compile cache by `workers` threads, as XLA releases the interpreter. `progress` hears the name of each when done.
+    Raises CompileFailed.
     """
     def finish(program: Program, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        compiled = lowered.compile()
+        try:
+            fault_point("compile", program.name)
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise CompileFailed(f"the program {program.name!r} could not be compiled: {shortened(str(error))}; if it is "
+                                "for lack of memory, lower gpu_memory_utilization, max_num_seqs or "
+                                "max_num_batched_tokens; the memory plan is shown above") from error
         progress(program.name)
         return compiled
 
     with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool, no_garbage_collection():
         compiling = {key: pool.submit(finish, program, program.lower()) for key, program in programs.items()}
         return {key: future.result() for key, future in compiling.items()}
+
+
+def shortened(text: str) -> str:
+    """The compiler's reason, without the pages that may follow it."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} .."
 
 
 @contextmanager

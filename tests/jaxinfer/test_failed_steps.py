@@ -1,4 +1,4 @@
-"""Device steps that raise inside of the compiled program, under load: the donated pages are gone, no answer is."""
+"""Steps that raise inside of the compiled program, and programs that cannot be compiled."""
 
 from dataclasses import dataclass, field
 
@@ -10,6 +10,10 @@ from counting import VOCAB, counted, new_engine, new_executor, request, small_co
 from counting_mixes import ids_of, run
 
 from jaxinfer.compile_counter import CompileCounter
+from jaxinfer.errors import CompileFailed
+from jaxinfer.executor import Executor
+from jaxinfer.fault_points import failing
+from jaxinfer.programs import declare
 from jaxinfer.testing import CountingModel
 
 
@@ -64,3 +68,16 @@ def test_rows_are_replayed_from_their_tokens_and_match(at, executor, model):
     assert lost.is_deleted() and not executor._state.kv_pages.is_deleted()
     assert compiles.count == 0, compiles.names
     compiles.close()
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_program_that_cannot_be_compiled_stops_the_start_by_name(after):
+    reason = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory\n" + "more of it\n" * 100)
+    executor = Executor(CountingModel(VOCAB), jnp.float32(0), small_config(),
+                        jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    with failing("compile", reason, after=after), pytest.raises(CompileFailed) as caught:
+        executor.warm_up(workers=2, progress=lambda name: None)
+    names = {program.name for program in declare(executor.signature).values()}
+    text = str(caught.value)
+    assert any(repr(name) in text for name in names) and "Ran out of memory" in text and "more of it" not in text
+    assert "max_num_seqs" in text
