@@ -7,10 +7,12 @@ from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
 from counting_engine import CountingEngine
+from paged_engine import paged_core
 from serving import eventually
 
 from jaxinfer.errors import DeliveryFailed, EngineClosed
 from jaxinfer.types import Request, SamplingParams, TokenChunk
+from serve import arrivals
 from serve.arrivals import MOST_STEPS_BEHIND
 from serve.bridge import Bridge, Stream
 
@@ -120,6 +122,29 @@ def test_a_loop_that_takes_nothing_costs_the_requests_and_not_the_engine():
         last = opened(bridge, lambda chunk: True, "next", max_tokens=1)
         await asyncio.to_thread(engine.step)
         assert await last.wait() and not await last.wait()
+
+    run(test)
+
+
+def test_the_engines_thread_drops_what_was_not_taken_and_serves_on(monkeypatch: pytest.MonkeyPatch):
+    """The real thread, scheduler and pages."""
+    monkeypatch.setattr(arrivals, "MOST_STEPS_BEHIND", 2)
+    core = paged_core()
+
+    async def test() -> None:
+        bridge = Bridge(core.engine, asyncio.get_running_loop(), patience=0.01)
+        stream = opened(bridge, lambda chunk: True, max_tokens=200)
+        eventually(lambda: core.engine.metrics()["decode_steps"] > 0)
+        eventually(lambda: core.engine.load().num_running == 0)  # the loop stands still here
+        assert core.engine.load().pages_used == 0
+        assert await stream.wait()
+        with pytest.raises(DeliveryFailed):
+            await stream.wait()
+        last = opened(bridge, lambda chunk: True, max_tokens=2)
+        while await last.wait():
+            pass
+        await asyncio.to_thread(core.engine.close)
+        bridge.close()
 
     run(test)
 
