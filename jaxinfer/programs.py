@@ -250,8 +250,8 @@ def compile_all(programs: dict[Key, Program], workers: int, progress: Callable[[
             fault_point("compile", program.name)
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise CompileFailed(f"the program {program.name!r} could not be compiled: {shortened(str(error))}; if it is "
-                                "for lack of memory, lower gpu_memory_utilization, max_num_seqs or "
+            raise CompileFailed(f"the program {program.name!r} could not be compiled: {shortened(str(error))}; if it "
+                                "is for lack of memory, lower gpu_memory_utilization, max_num_seqs or "
                                 "max_num_batched_tokens; the memory plan is shown above") from error
         progress(program.name)
         return compiled

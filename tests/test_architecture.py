@@ -61,9 +61,9 @@ LENGTH_EXCEPTIONS: dict[str, str] = {}
 """Path or path::function, and the reason."""
 
 PUBLIC_NAMES = {
-    "jaxinfer": """LLM CompileFailed CompletionOutput EngineClosed InvalidConfig InvalidRequest JaxInferError Logprob
-        ModelFormatError NumericFailure OutOfMemory Overloaded RequestOutput SamplingParams StepFailed StructuredOutput TokenizerMissing
-        __version__""",
+    "jaxinfer": """LLM CompileFailed CompletionOutput EngineClosed InvalidConfig InvalidRequest JaxInferError
+        Logprob ModelFormatError NumericFailure OutOfMemory Overloaded RequestOutput SamplingParams StepFailed
+        StructuredOutput TokenizerMissing __version__""",
     "jaxinfer.models": "Decoder forward logits make_decoder",
     "pallas_kernels": "Unsupported dispatch int8_matmul ragged_paged_attention",
     "pallas_kernels.aot": "",
