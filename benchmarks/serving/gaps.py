@@ -33,7 +33,7 @@ class Length:
     load: float = 30.0
 
 
-QUICK = Length(1.0, 0.5, 1.0)
+QUICK = Length(2.0, 0.5, 1.0)
 
 
 async def capacity(address: str, service: Service, length: Length) -> float:

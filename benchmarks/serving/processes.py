@@ -84,7 +84,7 @@ async def _run(starting: Awaitable[Started], connection: Connection) -> None:
     started = await starting
     settle_heap()  # as `jaxinfer serve` does; the bare server gets it too
     connection.send(started.port)
-    await asyncio.to_thread(_answer, connection, {"cpu": time.process_time} | started.answers)
+    await asyncio.to_thread(_answer, connection, {"cpu": time.process_time, **started.answers})
 
 
 async def _counting() -> Started:
