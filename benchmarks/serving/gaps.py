@@ -67,6 +67,9 @@ def gaps(service: Service, answers: list[Answer]) -> list[float]:
 
 
 def p99(values: list[float]) -> float:
+    """NaN of nothing, which reaches no floor."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
     return statistics.quantiles(values, n=100)[98]
 
 
@@ -77,10 +80,11 @@ def of_steps(steps: list[Step]) -> list[float]:
 
 def measure(server: ServerProcess, service: Service, length: Length) -> list[Result]:
     most = asyncio.run(capacity(server.address, service, length))
-    server.ask("steps")
+    for since_the_last in ("steps", "lateness"):
+        server.ask(since_the_last)
     before = server.cpu_seconds()
     answers = asyncio.run(under_load(server.address, service, LOAD * most, length.load))
-    cpu, steps = server.cpu_seconds() - before, server.ask("steps")
+    cpu, steps, late = server.cpu_seconds() - before, server.ask("steps"), server.ask("lateness")
     refused = [answer.code for answer in answers if answer.code != "OK"]
     if refused:
         raise AssertionError(f"{len(refused)} of {len(answers)} requests failed: {refused[0]}")
@@ -90,6 +94,7 @@ def measure(server: ServerProcess, service: Service, length: Length) -> list[Res
         Result(f"{name}: p99 inter-token gap", gap * 1e3, "ms"),
         Result(f"{name}: longest declared step", longest_step() * 1e3, "ms"),
         Result(f"{name}: p99 gap of the device alone", p99(of_steps(steps)) * 1e3, "ms"),
+        Result(f"{name}: p99 of the machine's delay in waking the engine", p99(late) * 1e3, "ms"),
         Result(f"{name}: p99 time to first token", p99([answer.first_token for answer in answers]) * 1e3, "ms"),
         Result(f"{name}: capacity", most, "requests/s"),
         Result(f"{name}: requests", len(answers), "requests"),

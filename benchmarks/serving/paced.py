@@ -40,6 +40,7 @@ class PacedDevice:
 
     def __init__(self):
         self._steps: list[Step] = []
+        self._late: list[float] = []
         self._free_at = 0.0
         self._left: dict[int, int] = {}
 
@@ -63,7 +64,10 @@ class PacedDevice:
 
     def read(self, step: InFlight) -> StepResult:
         ready_at, tokens = step.result
-        time.sleep(max(0.0, ready_at - time.monotonic()))
+        left = ready_at - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+            self._late.append(time.monotonic() - ready_at)
         return StepResult(tokens)
 
     def proposed(self, step: InFlight) -> list[list[int]] | None:
@@ -79,6 +83,11 @@ class PacedDevice:
         """Those since the last call."""
         self._steps, steps = [], self._steps
         return steps
+
+    def take_lateness(self) -> list[float]:
+        """By how much the machine was late to wake the engine at the end of a step, seconds, since the last call."""
+        self._late, late = [], self._late
+        return late
 
 
 def step_seconds(plan: StepPlan) -> float:

@@ -102,7 +102,7 @@ async def _bare() -> Started:
 async def _paced(max_waiting: int) -> Started:
     device = PacedDevice()
     engine = paced_engine(device, max_waiting)
-    return await _serve(engine, {"steps": device.take_steps, "load": engine.load})
+    return await _serve(engine, {"steps": device.take_steps, "lateness": device.take_lateness, "load": engine.load})
 
 
 async def _serve(engine: EngineHandle, answers: Answers) -> Started:

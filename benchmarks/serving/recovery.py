@@ -42,7 +42,7 @@ class Length:
         return self.before + self.flood
 
 
-QUICK = Length(gaps.QUICK, 1.0, 1.0, 1.0)
+QUICK = Length(gaps.QUICK, 3.0, 1.0, 1.0)
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Run:
 
     def most_waiting(self) -> int:
         """In the flood's last second."""
-        return max(count for moment, count in self.waiting if self.flood_end - 1 < moment <= self.flood_end)
+        return max((count for moment, count in self.waiting if self.flood_end - 1 < moment <= self.flood_end), default=0)
 
 
 async def run(server: ServerProcess, rate: float, length: Length) -> Run:
@@ -105,6 +105,8 @@ def measured(length: Length) -> list[Result]:
     with server_process("paced", max_waiting) as server:
         found = asyncio.run(run(server, rate, length))
     normal = p99(found.before())
+    if not found.before():
+        raise AssertionError("no user was answered before the flood: nothing says what is normal")
     refused = [answer.ended - answer.sent for answer in found.flood if answer.code == REFUSED]
     otherwise = [answer.code for answer in (*found.users, *found.flood) if answer.code not in ("OK", REFUSED)]
     accepted = [answer.first_token for answer in found.flood if answer.code == "OK"]
