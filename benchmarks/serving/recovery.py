@@ -75,7 +75,8 @@ class Run:
 
     def most_waiting(self) -> int:
         """In the flood's last second."""
-        return max((count for moment, count in self.waiting if self.flood_end - 1 < moment <= self.flood_end), default=0)
+        end = self.flood_end
+        return max((count for moment, count in self.waiting if end - 1 < moment <= end), default=0)
 
 
 async def run(server: ServerProcess, rate: float, length: Length) -> Run:
