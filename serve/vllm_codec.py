@@ -106,6 +106,7 @@ class Outbox:
         self._said = dict.fromkeys(range(generation.request.params.n), 0)
         self._running = set(self._said)
         self._input_logprobs: pb.InputLogProbs | None = None
+        self._refillable: pb.GenerateResponse | None = None
 
     def add(self, delta: Delta) -> None:
         if delta.token_ids:
@@ -139,17 +140,14 @@ class Outbox:
             self._complete(index, ABORT, None)
 
     def _chunk(self, index: int) -> pb.GenerateStreamChunk:
-        """The sample's chunk that waits, or a new one."""
+        """The sample's chunk that waits, or one more."""
         waiting = self._waiting.get(index)
         if (waiting is not None and len(waiting.chunk.token_ids) < self._most_tokens
                 and self._input_logprobs is None):  # fmt: skip
             return waiting.chunk
         if waiting is not None:
             self._pack(waiting)
-        message = pb.GenerateResponse(chunk=pb.GenerateStreamChunk(
-            index=index, prompt_tokens=len(self._generation.request.prompt),
-            cached_tokens=self._generation.num_cached_tokens, input_logprobs=self._input_logprobs))
-        self._input_logprobs = None
+        message = self._emptied() or self._begin(index)
         self._waiting[index] = message
         self.messages.append(message)
         return message.chunk
@@ -160,6 +158,26 @@ class Outbox:
             if self.messages[position] is message:
                 self.messages[position] = message.SerializeToString()
                 return
+
+    def _emptied(self) -> pb.GenerateResponse | None:
+        """A message to be sent once more, with new ids, in half the time of a new one. It was serialised before it was
+        sent, so nobody reads it any more."""
+        message = self._refillable
+        if message is None or self.messages or self._input_logprobs is not None:
+            return None
+        del message.chunk.token_ids[:]
+        message.chunk.completion_tokens = 0
+        return message
+
+    def _begin(self, index: int) -> pb.GenerateResponse:
+        message = pb.GenerateResponse(chunk=pb.GenerateStreamChunk(
+            index=index, prompt_tokens=len(self._generation.request.prompt),
+            cached_tokens=self._generation.num_cached_tokens, input_logprobs=self._input_logprobs))
+        # A stream's first message may wait for its headers, unserialised, while more comes.
+        if self._said[index] and self._limit is None and len(self._said) == 1 and self._input_logprobs is None:
+            self._refillable = message
+        self._input_logprobs = None
+        return message
 
     def _complete(self, index: int, finish_reason: str, stop_reason: int | str | None) -> None:
         self._running.discard(index)

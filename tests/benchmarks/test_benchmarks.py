@@ -16,8 +16,6 @@ SECONDS = 300
 """Far more than a smoke run takes, even beside others."""
 
 LIMITED = {
-    "grpc": ["1 stream: server CPU a token, ours / bare", "16 streams: server CPU a token, ours / bare",
-             "64 streams: server CPU a token, ours / bare"],
     "mixed_load": ["compiles after ready", "pages held when idle", "failed steps"],
     "batching": ["share of the device limit", "tokens/s over one row's", "tokens/s over static batches'"],
     "grammar": ["V 4096: masks of 64 rows, a step"],
@@ -27,6 +25,11 @@ LIMITED = {
                 "int8 pages: over bfloat16", "fp8 pages: over bfloat16",
                 "int8 weights, activations and pages: over bfloat16"],
     "schemas": ["invalid", "masks / hidden states"],
+    "serve": [*(f"{service}, {streams}, {tokens} a message: server CPU a token, ours / bare"
+                for service in ("jaxinfer.v1", "vllm.grpc") for tokens in (8, 1)
+                for streams in ("1 stream", "16 streams", "64 streams")),
+              "jaxinfer.v1, 80 % load: p99 inter-token gap / longest step",
+              "vllm.grpc, 80 % load: p99 inter-token gap / longest step", "flood: from full queue to recovery"],
     "speculation": ["1 rows, drafting / plain", "copies: prompt lookup / plain",
                     "copies with an edit every 16 tokens: prompt lookup / plain",
                     "acceptance 0.6, 2 drafted: efficiency"],

@@ -11,6 +11,8 @@ from serve.generation import Generation
 
 pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 
+from smg_grpc_proto.generated.vllm_engine_pb2 import GenerateResponse
+
 from serve.vllm_codec import MAX_TOKENS_PER_MESSAGE, Outbox
 
 
@@ -52,6 +54,26 @@ def test_each_sample_arrives_in_order_and_whole(plan: list[tuple[int, int, bool]
         assert [id for chunk in own for id in chunk.token_ids] == ids
         assert sum(chunk.completion_tokens for chunk in own) == ends[index].completion_tokens == len(ids)
         assert ends[index].finish_reason == ("length" if index in ended else "abort")
+
+
+@given(steps)
+def test_a_lone_sample_arrives_whole_though_its_messages_are_used_again(plan: list[tuple[int, int, bool]]):
+    """gRPC serialises a message when it is taken, but for the first, which waits for the headers."""
+    box, said, taken, sent = outbox(1), [], [], []
+    for _, count, takes in plan:
+        ids = list(range(len(said), len(said) + count))
+        said += ids
+        box.add(Delta("r", 0, token_ids=ids))
+        if takes and box.messages:
+            taken.append(box.take())
+            sent.append(taken[-1].SerializeToString())
+    if taken:
+        assert taken[0].SerializeToString() == sent[0]
+    box.abort()
+    sent += [message.SerializeToString() for message in take_all(box)]
+    chunks = [GenerateResponse.FromString(raw).chunk for raw in sent]
+    assert [id for chunk in chunks for id in chunk.token_ids] == said
+    assert sum(chunk.completion_tokens for chunk in chunks) == len(said)
 
 
 def test_a_slow_reader_gets_fewer_and_bounded_messages():
