@@ -14,7 +14,9 @@ from pathlib import Path
 from serve.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ("-m", "jaxinfer.cli", "serve", "demo")
+DEMO = ("-m", "jaxinfer.cli", "serve", "demo", "--port", "0", "--metrics-port", "0")
+SMALLEST = ("--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--max-model-len", "256", "--num-pages", "64")
+"""As few programs as there can be, for servers that compile again and again."""
 SIZES = ("--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--max-model-len", "256",
          "--num-pages", "128", "--max-decode-rounds", "1")
 """Few programs, so that a start is short; one round a step, so that each token is a message of its own."""
@@ -92,7 +94,7 @@ def start(command: Sequence[str], folder: Path, environment: Mapping[str, str] |
 
 
 def demo_command(*options: str) -> tuple[str, ...]:
-    return (*DEMO, *SIZES, "--port", "0", "--metrics-port", "0", *options)
+    return (*DEMO, *SIZES, *options)
 
 
 @contextmanager

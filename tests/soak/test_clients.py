@@ -14,7 +14,7 @@ from figures import Figures
 from quiet import check_all_rows, wait_idle
 from server_process import ServerProcess
 
-DEMO_OPTIONS = ("--max-waiting", "64", "--drain-seconds", "5")
+DEMO_OPTIONS = ("--max-waiting", "512", "--drain-seconds", "5")
 MB = 1_000_000
 
 
