@@ -20,7 +20,9 @@ when it is alone and in prefill steps beside others; between the two float32 log
 
 @dataclass
 class Paced:
-    """Answers that were the same, and seconds between their tokens. refused: requests that the queue did not take."""
+    """Answers that were the same, and seconds between their messages (of one token each, where a step makes one).
+    refused: requests that the queue did not take.
+    """
 
     answers: int = 0
     refused: int = 0
@@ -81,8 +83,8 @@ class Canary:
             for delta in client.stream(self._prompt, max_tokens=self._tokens, temperature=0, ignore_eos=True,
                                        priority=-1, timeout=60):
                 now = time.monotonic()
-                if last and delta.token_ids:
-                    paced.gaps += [(now - last) / len(delta.token_ids)] * len(delta.token_ids)
+                if last:
+                    paced.gaps.append(now - last)
                 last = now
                 ids += delta.token_ids
         except grpc.RpcError as error:
