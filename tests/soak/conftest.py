@@ -6,6 +6,7 @@ Each test notes figures; they are printed as a table at the end, and written as 
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,8 +47,10 @@ def figures(record_property: Callable[[str, object], None]) -> Figures:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def optimised(is_full: bool) -> Iterator[None]:
+def surroundings(is_full: bool) -> Iterator[None]:
     """Full loops measure, so their servers compile as users' do: without the suite's flags."""
+    if sys.platform != "linux":
+        pytest.skip("processes are looked at through /proc")
     with pytest.MonkeyPatch.context() as patch:
         if is_full:
             patch.delenv("XLA_FLAGS", raising=False)

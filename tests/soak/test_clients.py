@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
+pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
+
 import hostile_load
 import leaving_load
 import mixed_load
 from canary import Canary
 from figures import Figures
-from quiet import check_all_rows, wait_idle
+from quiet import USED, check_all_rows, wait_idle
 from server_process import ServerProcess
 
 DEMO_OPTIONS = ("--max-waiting", "512", "--drain-seconds", "5")
@@ -26,7 +30,7 @@ def test_hostile_requests(demo: ServerProcess, canary: Canary, beside, count, is
         answers = beside.submit(hostile_load.send, demo.address, 2, total, is_full).result()
     wait_idle(demo)
     growth = (demo.memory() - before) / MB
-    figures(requests=answers.codes.total(), restarts=0, INTERNAL=answers.codes["INTERNAL"], memory_growth_MB=growth,
+    figures(requests=answers.codes.total(), deaths=int(demo.process.poll() is not None), INTERNAL=answers.codes["INTERNAL"], memory_growth_MB=growth,
             codes=dict(answers.codes), canary_answers=paced.answers, canary_p99_ms=paced.p99_ms(),
             canary_quiet_p99_ms=canary.quiet.p99_ms())
     assert demo.process.poll() is None
@@ -44,7 +48,8 @@ def test_disconnects(demo: ServerProcess, canary: Canary, beside, count, is_full
         answers, ways = beside.submit(leaving_load.leave, demo.address, 3, total, is_full).result()
     seconds = wait_idle(demo)
     found = demo.metrics()
-    figures(calls=ways.total(), ways=dict(ways), codes=dict(answers.codes), idle_after_s=seconds, pages_held=0,
+    figures(calls=ways.total(), ways=dict(ways), codes=dict(answers.codes), idle_after_s=seconds,
+            pages_held=int(found[USED]),
             idle_leaks=int(found["jaxinfer_idle_leaks_total"]), canary_answers=paced.answers,
             canary_p99_ms=paced.p99_ms(), canary_quiet_p99_ms=canary.quiet.p99_ms())
     assert not answers.unexpected, "\n".join(answers.unexpected)
