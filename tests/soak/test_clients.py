@@ -30,9 +30,9 @@ def test_hostile_requests(demo: ServerProcess, canary: Canary, beside, count, is
         answers = beside.submit(hostile_load.send, demo.address, 2, total, is_full).result()
     wait_idle(demo)
     growth = (demo.memory() - before) / MB
-    figures(requests=answers.codes.total(), deaths=int(demo.process.poll() is not None), INTERNAL=answers.codes["INTERNAL"], memory_growth_MB=growth,
-            codes=dict(answers.codes), canary_answers=paced.answers, canary_p99_ms=paced.p99_ms(),
-            canary_quiet_p99_ms=canary.quiet.p99_ms())
+    figures(requests=answers.codes.total(), deaths=int(demo.process.poll() is not None),
+            INTERNAL=answers.codes["INTERNAL"], memory_growth_MB=growth, codes=dict(answers.codes),
+            canary_answers=paced.answers, canary_p99_ms=paced.p99_ms(), canary_quiet_p99_ms=canary.quiet.p99_ms())
     assert demo.process.poll() is None
     assert not warm.unexpected and not answers.unexpected, "\n".join(warm.unexpected + answers.unexpected)
     assert answers.codes.total() == total
