@@ -1,4 +1,4 @@
-"""A client that stops reading: stalled_client.py ADDRESS STREAMS TOKENS begins streams, says so, and waits.
+"""A client that stops reading: stalled_client.py ADDRESS STREAMS TOKENS DEADLINE begins streams, says so, and waits.
 
 Told to go on (a line on standard input) it reads all to their ends, and prints how many ended with which status.
 """
@@ -17,10 +17,11 @@ SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 16 * 1024), ("grpc.http2.bdp_prob
 
 
 def main() -> None:
-    address, streams, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    address, streams, tokens, deadline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     with grpc.insecure_channel(address, options=SMALL_WINDOW) as channel:
         asked = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=tokens, ignore_eos=True))
-        calls = [pb_grpc.GenerationServiceStub(channel).GenerateStream(asked) for _ in range(streams)]
+        stub = pb_grpc.GenerationServiceStub(channel)
+        calls = [stub.GenerateStream(asked, timeout=deadline) for _ in range(streams)]
         for call in calls:
             next(call)
         print("begun", flush=True)
@@ -33,7 +34,7 @@ def end_of(call: grpc.UnaryStreamMultiCallable) -> str:
         for _ in call:
             pass
     except grpc.RpcError as error:
-        return error.code().name
+        return "STALLED" if "nothing of this stream was read" in (error.details() or "") else error.code().name
     return "OK"
 
 
