@@ -1,4 +1,4 @@
-"""A client that stops reading: stalled_client.py ADDRESS STREAMS TOKENS DEADLINE begins streams, says so, and waits.
+"""A client that reads nothing: stalled_client.py ADDRESS STREAMS TOKENS DEADLINE begins streams, says so, and waits.
 
 Told to go on (a line on standard input) it reads all to their ends, and prints how many ended with which status.
 """
@@ -22,8 +22,6 @@ def main() -> None:
         asked = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=tokens, ignore_eos=True))
         stub = pb_grpc.GenerationServiceStub(channel)
         calls = [stub.GenerateStream(asked, timeout=deadline) for _ in range(streams)]
-        for call in calls:
-            next(call)
         print("begun", flush=True)
         sys.stdin.readline()
         print(dict(Counter(map(end_of, calls))), flush=True)

@@ -1,11 +1,5 @@
 """What clients may do to a server: everything that they send, and every way to leave. One process of the demo model."""
 
-import statistics
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 
 pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
@@ -15,6 +9,7 @@ import leaving_load
 import mixed_load
 from canary import Canary
 from figures import Figures
+from memory import memory_of, slope_of
 from quiet import USED, check_all_rows, wait_idle
 from server_process import ServerProcess
 
@@ -76,27 +71,3 @@ def test_mixed_load(demo: ServerProcess, canary: Canary, beside, count, is_full:
     if is_full:
         assert slope < 1, f"{slope:.2f} MB a minute in the second half"
     check_all_rows(demo)
-
-
-@contextmanager
-def memory_of(server: ServerProcess) -> Iterator[list[tuple[float, int]]]:
-    """Pairs of seconds and resident bytes, twice a second."""
-    samples: list[tuple[float, int]] = []
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.wait(0.5):
-            samples.append((time.monotonic(), server.memory()))
-
-    thread = threading.Thread(target=look, name="memory")
-    thread.start()
-    try:
-        yield samples
-    finally:
-        stop.set()
-        thread.join()
-
-
-def slope_of(samples: list[tuple[float, int]]) -> float:
-    """Bytes a second, of the line that fits best."""
-    return statistics.linear_regression(*zip(*samples, strict=True)).slope

@@ -136,7 +136,8 @@ def test_deadlines(served: Served, runner: SteppedRunner, count, figures: Figure
         wanted = ("queue", "prefill", "decode")[number % 3]
         steps = {"queue": rng.randint(0, 5), "prefill": rng.randint(2, 5), "decode": rng.randint(4, 20)}[wanted]
         one = Round(served, runner, ROWS if wanted == "queue" else ROWS - 1)
-        stream = one.ask([1] * 130 if wanted == "prefill" else [1, 2, 3])
+        # New tokens: those that came before are in the prefix cache.
+        stream = one.ask(rng.choices(range(256), k=130 if wanted == "prefill" else 3))
         for _ in range(steps):
             runner.step()
         phases[one.phase()] += 1
