@@ -31,7 +31,7 @@ CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT
 SHOW := awk '$$1 == "Collecting" || $$1 == "Downloading" {print "  " tolower($$1) " " $$2; fflush()} \
     $$1 == "Installing" {print "  installing"; fflush()}'
 
-.PHONY: help setup aot-packages aot test smoke lint demo smg-demo bench clean
+.PHONY: help setup aot-packages aot test soak smoke lint demo smg-demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,9 @@ aot: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## every kernel, and whole steps 
 
 test: $(STAMP) ## the whole test suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+soak: $(STAMP) ## the soak loops behind serve/FAULTS.md with their full counts, about an hour (ARGS='-k flood')
+	$(PY) -m pytest tests/soak --soak -s -v $(ARGS)
 
 # The same package with the pins of jax lifted: tells early when the next minor version breaks us.
 smoke: $(NEXT_VENV)/installed.stamp ## the smoke part of the suite on the next jax, in .venv-next

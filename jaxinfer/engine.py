@@ -91,7 +91,15 @@ class Engine:
         """Counters, gauges and histograms as plain data."""
         compiles = self._compiles.count if self._compiles is not None else 0
         remote = {} if self._remote is None else {"remote_proposals": self._remote.counts()}
-        return self.scheduler.metrics.snapshot() | {"compiles_after_ready": compiles} | remote
+        counted = {"compiles_after_ready": compiles, "pages_free": self.scheduler.pool.num_blank}
+        return self.scheduler.metrics.snapshot() | counted | remote
+
+    def check_rest(self) -> None:
+        """Says so if pages are held or lost while nothing runs: it is a defect. Call it without work only."""
+        problem = self.scheduler.pool.rest_problem()
+        if problem is not None:
+            self.scheduler.metrics.idle_leaks += 1
+            log.error("nothing runs, but the pages are %s; please report it", problem)
 
     def step(self) -> list[TokenChunk]:
         """Dispatches the next step, then reads and commits the one before it.

@@ -148,6 +148,7 @@ class EngineThread:
         with self._wake:
             self._idle = not self._engine.has_work
             if self._idle:
+                self._engine.check_rest()
                 self._wake.notify_all()
             self._wake.wait_for(lambda: self._inbox or self._stopping or self._engine.has_work)
             messages, self._inbox = self._inbox, []

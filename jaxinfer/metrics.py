@@ -76,6 +76,7 @@ class Metrics:
     counts a row's rounds with proposals by how many it kept.
     step_seconds: of the engine's steps that committed something; host_seconds: the part in which it did not wait for
     the device. nan_rows: samples ended by NaN or infinity.
+    idle_leaks: times that nothing ran and pages were not given back.
     A request of n samples counts n times.
     """
 
@@ -90,6 +91,7 @@ class Metrics:
     decode_steps: int = 0
     failed_steps: int = 0
     nan_rows: int = 0
+    idle_leaks: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     rounds_by_accepted: Counter[int] = field(default_factory=Counter)

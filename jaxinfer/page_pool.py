@@ -39,6 +39,7 @@ class PagePool:
         self._page_of: dict[Digest, int] = {}
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack, lowest page on top
         self._idle: OrderedDict[int, Digest] = OrderedDict()  # least recently used first
+        self._num_held = 0  # counted by itself, not what the others leave: so a page that is lost shows
 
     @property
     def num_free(self) -> int:
@@ -51,9 +52,14 @@ class PagePool:
         return len(self._idle)
 
     @property
+    def num_blank(self) -> int:
+        """Pages that are free and hold no block."""
+        return len(self._free)
+
+    @property
     def num_held(self) -> int:
         """Pages in at least one page table."""
-        return self.num_pages - self.num_free
+        return self._num_held
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one reference each, or None (and no change) when there are not as many."""
@@ -62,6 +68,7 @@ class PagePool:
         pages = [self._take() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
+        self._num_held += count
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
@@ -70,6 +77,7 @@ class PagePool:
         for page in reversed(pages):
             refs[page] -= 1
             if refs[page] == 0:
+                self._num_held -= 1
                 digest = self._digests[page]
                 if digest is None:
                     self._free.append(page)
@@ -91,6 +99,7 @@ class PagePool:
         for page in pages:
             if self._refs[page] == 0:
                 del self._idle[page]
+                self._num_held += 1
             self._refs[page] += 1
 
     def cost(self, shared: Iterable[int], count: int) -> int:
@@ -124,6 +133,13 @@ class PagePool:
         for page in pages:
             self._watched[page] = True
 
+    def rest_problem(self) -> str | None:
+        """What is wrong if no sequence holds anything; None if every page is given back. Costs nothing."""
+        blank, idle, held = self.num_blank, self.num_idle, self.num_held
+        if not held and blank + idle == self.num_pages:
+            return None
+        return f"{blank} free, {idle} cached and {held} held pages of {self.num_pages}, but nothing may be held"
+
     def check_invariants(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless the books agree with `tables`, the page tables of all holders."""
         uses = Counter(page for table in tables for page in table)
@@ -135,6 +151,7 @@ class PagePool:
         _require(len(free) == len(self._free), "a page is free twice")
         _require(not (free & idle or free & held or idle & held), "a page is in two states")
         _require(len(free) + len(idle) + len(held) == self.num_pages, "free + idle + held pages are not the total")
+        _require(len(held) == self._num_held, "held pages are miscounted")
         _require(all(self._digests[page] is None for page in free), "a free page still has a hash")
         _require(all(self._digests[page] is not None for page in idle), "an idle page has no hash")
         known = {digest: page for page, digest in enumerate(self._digests) if digest is not None}

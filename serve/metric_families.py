@@ -27,6 +27,7 @@ COUNTERS = (
     ("preemptions", "preemptions_total", "Rows put back into the queue for lack of pages."),
     ("failed_steps", "failed_steps_total", "Device steps that failed and were recomputed."),
     ("nan_rows", "nan_rows_total", "Samples ended because the model computed NaN or infinity for them."),
+    ("idle_leaks", "idle_leaks_total", "Times that nothing ran and pages were held or lost; more than 0 is a defect."),
     ("draft_tokens", "draft_tokens_total", "Tokens proposed by speculation."),
     ("accepted_tokens", "accepted_tokens_total", "Of them, those that were kept."),
     ("compiles_after_ready", "compiles_after_ready_total", "Programs compiled or loaded after the engine was ready."),
@@ -75,10 +76,10 @@ def engine_families(shown: Mapping[str, Any]) -> Iterator[Family]:
 
 
 def page_families(shown: Mapping[str, Any]) -> Iterator[Family]:
-    used, cached, total = shown["pages_used"], shown["pages_cached"], shown["pages_total"]
-    # A page may change hands between the reads of two counts.
-    yield Family.by("jaxinfer_pages", "gauge", "Pages of the KV cache, by state.", "state",
-                    {"used": used, "cached": cached, "free": max(total - used - cached, 0)}, {})
+    # Three counts, none of them what the others leave: while nothing runs they add up, and none is used. (Otherwise a
+    # page may change hands between the reads of two.)
+    states = {"used": shown["pages_used"], "cached": shown["pages_cached"], "free": shown["pages_free"]}
+    yield Family.by("jaxinfer_pages", "gauge", "Pages of the KV cache, by state.", "state", states, {})
 
 
 def gauge(name: str, text: str, value: float) -> Family:

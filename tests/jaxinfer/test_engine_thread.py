@@ -115,6 +115,22 @@ def test_cancel_frees_pages_and_ends_the_stream(thread):
     thread.run(lambda engine: engine.scheduler.check_invariants())
 
 
+def test_without_a_leak_none_is_counted(thread):
+    thread.submit(request("good", [1], 2), inbox := Inbox())
+    inbox.until_end()
+    thread.close()
+    assert thread.metrics()["idle_leaks"] == 0
+
+
+def test_a_leak_is_counted_and_logged_once_nothing_runs(thread, caplog):
+    thread.run(lambda engine: engine.scheduler.pool.allocate(2))
+    thread.submit(request("good", [1], 2), inbox := Inbox())
+    inbox.until_end()
+    thread.close()
+    assert thread.metrics()["idle_leaks"] > 0
+    assert "2 held pages" in caplog.text
+
+
 def test_cancelling_one_sample_leaves_the_others(thread):
     inbox = Inbox()
     one = request("both", [1], 60, n=2)

@@ -158,6 +158,17 @@ def test_invariants_notice_tables_that_disagree(tables: list[list[int]]):
         pool.check_invariants(tables)
 
 
+def test_a_page_that_is_held_or_lost_at_rest_shows():
+    pool = PagePool(4, 16)
+    cached(pool, A)
+    assert pool.rest_problem() is None
+    held = pool.allocate(1) or []
+    assert pool.rest_problem() == "2 free, 1 cached and 1 held pages of 4, but nothing may be held"
+    pool.release(held)
+    pool._free.pop()
+    assert pool.rest_problem() == "2 free, 1 cached and 0 held pages of 4, but nothing may be held"
+
+
 def test_only_full_blocks_are_hashed():
     assert [len(block_hashes(range(count), 4)) for count in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
 

@@ -78,6 +78,7 @@ def test_streams_are_counted():
     assert value(found, "jaxinfer_prefix_hit_tokens_total") == 4
     assert value(found, "jaxinfer_pages", state="used") == 3
     assert value(found, "jaxinfer_pages", state="free") == 59
+    assert value(found, "jaxinfer_idle_leaks_total") == 0
     assert value(found, "jaxinfer_steps_total", kind="decode") == 3
     for name, times in (("queue", 1), ("time_to_first_token", 1), ("inter_token", 2), ("request", 1), ("step", 3),
                         ("step_host", 3)):
