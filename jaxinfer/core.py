@@ -56,6 +56,10 @@ class EngineHandle(Protocol):
         """Queue a request. Raises Overloaded or EngineClosed; the rest reaches the consumer as chunks."""
         ...
 
+    def check_room(self, num_samples: int) -> None:
+        """Raises what `submit` would raise for a request of so many samples, however short."""
+        ...
+
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """End a request, or the one sample in whose text a stop string came, within one step. No chunk follows;
         unknown ids are ignored.

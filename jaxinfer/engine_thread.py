@@ -55,21 +55,31 @@ class EngineThread:
 
     def submit(self, request: Request, consumer: Consumer) -> None:
         """Queue a request. Raises Overloaded or EngineClosed."""
+        tokens = num_prompt_tokens(request)
         with self._wake:
-            if not self._accepting:
-                raise EngineClosed("the engine is stopping or has stopped and takes no more requests; start a new one")
-            if request.params.n > self._max_waiting:
-                raise InvalidRequest("n", f"{request.params.n} samples are more than may ever wait (max_waiting "
-                                     f"{self._max_waiting}); lower n")
-            waiting = self._engine.scheduler.num_waiting + self._num_submitted
-            if waiting + request.params.n > self._max_waiting:
-                raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_waiting}; "
-                                 "try again later or raise max_waiting")
-            tokens = num_prompt_tokens(request)
+            self._check_room(request.params.n)
             self._check_tokens(tokens)
             self._num_submitted += request.params.n
             self._tokens_in += tokens
             self._post(lambda: self._admit(request, consumer))
+
+    def check_room(self, num_samples: int) -> None:
+        """Raises what `submit` would raise for a request of so many samples, however short: the work of making one need
+        not be done then.
+        """
+        with self._wake:
+            self._check_room(num_samples)
+
+    def _check_room(self, num_samples: int) -> None:
+        if not self._accepting:
+            raise EngineClosed("the engine is stopping or has stopped and takes no more requests; start a new one")
+        if num_samples > self._max_waiting:
+            raise InvalidRequest("n", f"{num_samples} samples are more than may ever wait (max_waiting "
+                                 f"{self._max_waiting}); lower n")
+        waiting = self._engine.scheduler.num_waiting + self._num_submitted
+        if waiting + num_samples > self._max_waiting:
+            raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_waiting}; "
+                             "try again later or raise max_waiting")
 
     def _check_tokens(self, tokens: int) -> None:
         waiting = self._tokens_in - self._tokens_out

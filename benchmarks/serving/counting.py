@@ -58,6 +58,9 @@ class CountingEngine:
         with self._wake:
             self._rows.pop(request_id, None)
 
+    def check_room(self, num_samples: int) -> None:
+        """There always is."""
+
     def progress(self) -> int | None:
         return None
 

@@ -58,14 +58,17 @@ class CountingEngine:
         if pace is not None:
             threading.Thread(target=self._run, daemon=True).start()
 
+    def check_room(self, num_samples: int) -> None:
+        if self.submit_error is not None:
+            raise self.submit_error
+        if self.closed:
+            raise EngineClosed("the engine is closed")
+        if len(self.rows) >= self._max_waiting:
+            raise Overloaded(f"{len(self.rows)} requests are waiting, the limit is {self._max_waiting}; try later")
+
     def submit(self, request: Request, consumer: Consumer) -> None:
         with self._lock:
-            if self.submit_error is not None:
-                raise self.submit_error
-            if self.closed:
-                raise EngineClosed("the engine is closed")
-            if len(self.rows) >= self._max_waiting:
-                raise Overloaded(f"{len(self.rows)} requests are waiting, the limit is {self._max_waiting}; try later")
+            self.check_room(request.params.n)
             for index in range(request.params.n):
                 row = self.rows[request.id, index] = new_row(request, index, consumer)
                 self._counted.record_start(row.stats)

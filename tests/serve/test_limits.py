@@ -9,7 +9,9 @@ from counting_engine import CountingEngine, make_core
 from paged_engine import held, paged_core
 from serving import eventually, serving
 
+from jaxinfer.core import Core
 from jaxinfer.errors import InvalidConfig, OutOfMemory, Overloaded
+from jaxinfer.fault_points import failing
 from jaxinfer.types import SamplingParams
 from serve import retry_hint
 from serve.client import Client
@@ -26,6 +28,14 @@ def refusal(call: Any) -> Any:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value
+
+
+def is_full(core: Core) -> bool:
+    try:
+        core.engine.check_room(1)
+    except Overloaded:
+        return True
+    return False
 
 
 def prompt(length: int) -> list[int]:
@@ -56,6 +66,7 @@ def test_what_waits_no_more_makes_room_again():
                 eventually(lambda: served.server.served.calls.num_running == 1)
                 cancelled.cancel()
                 eventually(lambda: served.server.served.calls.num_running == 0)
+            core.engine.run(lambda engine: None)  # behind the cancel
         running = served.client.stream(prompt(100), max_tokens=100)
         next(iter(running))  # it has a token: it waits no more, though it runs
         assert served.client.generate(prompt(100), max_tokens=2).token_ids
@@ -69,6 +80,20 @@ def test_a_prompt_beyond_the_bound_may_wait_alone():
         eventually(lambda: served.server.served.calls.num_running == 1)
         assert refusal(lambda: served.client.generate(prompt(1), max_tokens=1)).code() is EXHAUSTED
         alone.cancel()
+
+
+def test_what_a_full_queue_refuses_is_not_even_read():
+    """No text is tokenised, no chat rendered and no grammar compiled for it."""
+    core = paged_core(max_waiting=1)
+    with serving(core) as served, held(core):
+        first = served.client.stream(prompt(3), max_tokens=1)
+        eventually(lambda: is_full(core))
+        with failing("intake", RuntimeError("it was read")) as fault:
+            for wanted in (None, {"regex": "a+"}):
+                chat = served.client.stream([{"role": "user", "content": "a"}], max_tokens=1, structured_outputs=wanted)
+                assert refusal(lambda: list(chat)).code() is EXHAUSTED  # noqa: B023 (called at once)
+        assert fault.passes == 0
+        first.cancel()
 
 
 # ---- the hint
@@ -89,19 +114,17 @@ def test_grpc_itself_obeys_the_hint(monkeypatch: pytest.MonkeyPatch):
     engine = CountingEngine(pace=0.001)
     with serving(make_core(engine)) as served, \
             grpc.insecure_channel(served.server.address, options=(("grpc.service_config", RETRYING),)) as channel:
-        engine.submit_error = Overloaded("full")
-        refused: list[float] = []
-        submit = engine.submit
+        asked: list[float] = []
 
-        def second_time(*args: Any) -> None:
-            engine.submit_error = None if refused else engine.submit_error
-            refused.append(time.monotonic())
-            submit(*args)
+        def full_once(num_samples: int) -> None:
+            asked.append(time.monotonic())
+            if len(asked) == 1:
+                raise Overloaded("full")
 
-        engine.submit = second_time  # type: ignore[method-assign]
+        engine.check_room = full_once  # type: ignore[method-assign]
         answer = pb_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(text="a"), timeout=10)
         assert answer.completions[0].text
-        assert len(refused) == 2 and refused[1] - refused[0] >= 0.29, "not the policy's own hundredth of a second"
+        assert asked[1] - asked[0] >= 0.29, "not the policy's own hundredth of a second"
 
 
 def test_only_what_waiting_helps_has_a_hint():
