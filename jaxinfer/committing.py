@@ -3,7 +3,7 @@
 import logging
 from typing import NamedTuple
 
-from jaxinfer.errors import JaxInferError, NumericFailure, RowFailed
+from jaxinfer.errors import JaxInferError, NumericFailure, RowFailed, StepFailed
 from jaxinfer.prefix_sharing import PrefixSharing
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import StepPlan, StepResult
@@ -28,6 +28,10 @@ def ending_of(seq: Sequence, ids: list[int]) -> Ending | None:
 def nan_failure(seq: Sequence) -> NumericFailure:
     return NumericFailure(f"the model computed NaN or infinity behind {len(seq.tokens)} tokens of this request; send "
                           "it again, to another server if it ends so again")
+
+
+def unexplained_end() -> StepFailed:
+    return StepFailed("the device stopped this row without a reason; please report it")
 
 
 def failure(seq: Sequence, error: BaseException) -> Exception:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -130,7 +131,7 @@ class Engine:
         dispatched = self.runner.dispatch(plan) if plan else None
         finished, self._in_flight = self._in_flight, dispatched
         if finished is not None:
-            chunks += self._commit(finished)
+            self._commit(finished, chunks)
         if dispatched is not None and dispatched.unfinished is not None:
             chunks += self._sample(dispatched, dispatched.unfinished)
         return finished is not None
@@ -145,16 +146,16 @@ class Engine:
             remote.wait(lambda: self.runner.is_ready(step))
             self._waited += self._clock() - began
 
-    def _commit(self, step: InFlight) -> list[TokenChunk]:
+    def _commit(self, step: InFlight, chunks: list[TokenChunk]) -> None:
+        """Adds what a step has brought to `chunks`, also where it fails behind some of its rows."""
         began = self._clock()
         fault_point("read")
         result = self.runner.read(step)
         now = self._clock()
         self._waited += now - began
-        chunks = self.scheduler.commit(step.plan, result, now)
+        self.scheduler.commit(step.plan, result, now, chunks)
         if self._remote is not None:
             self._remote.tell()
-        return chunks
 
     def _sample(self, step: InFlight, halfway: Unfinished) -> list[TokenChunk]:
         """Lets the grammars of a dispatched step's rows say what is legal; the last chunks of rows whose grammar fails.
@@ -166,9 +167,15 @@ class Engine:
                 for row, error in failed.items()]
 
     def drain(self) -> list[TokenChunk]:
-        """Reads and commits what is in flight, without planning more."""
+        """Reads and commits what is in flight, without planning more. Raises as `step`."""
         finished, self._in_flight = self._in_flight, None
-        return [] if finished is None else self._commit(finished)
+        chunks: list[TokenChunk] = []
+        try:
+            if finished is not None:
+                self._commit(finished, chunks)
+        except Exception as error:
+            self._recover(error)
+        return chunks
 
     def close(self) -> None:
         """Ends what runs beside the engine: the connection to a drafter elsewhere."""
@@ -181,6 +188,7 @@ class Engine:
         now = self._clock()
         self._failures.append(now)
         self._in_flight = None
+        traceback.clear_frames(error.__traceback__)  # what failed half-way may hold the next state of the device
         fault_point("reset")
         self.runner.reset()
         self.scheduler.requeue_all()

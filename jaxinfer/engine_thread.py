@@ -47,6 +47,7 @@ class EngineThread:
         self._accepting = True
         self._stopping = False
         self._idle = True
+        self._has_died = False  # the thread may live on for as long as the device takes to end its step
         self._readers: dict[str, _Reader] = {}
         self._thread = threading.Thread(target=self._main, name="jaxinfer-engine", daemon=True)
         # XLA aborts the process when the interpreter goes down around a thread that is inside it.
@@ -117,7 +118,7 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_died
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `drain_seconds`, then stop; the rest end with "abort"."""
@@ -239,7 +240,7 @@ class EngineThread:
     def _end_all(self, failure: Exception) -> None:
         with self._wake:
             self._accepting = False
-            self._stopping = True
+            self._stopping = self._has_died = True
             messages, self._inbox = self._inbox, []
             self._idle = True
             self._wake.notify_all()

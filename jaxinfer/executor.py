@@ -88,7 +88,12 @@ class Executor:
                                self._replicated)
 
     def reset(self) -> None:
-        """Fresh pages and row state, after a failed step has taken the donated ones along."""
+        """Fresh pages and row state, after a failed step has taken the donated ones along, or may have. What is left of
+        them goes first: memory holds them once.
+        """
+        for leaf in jax.tree.leaves(self._state):
+            if not leaf.is_deleted():
+                leaf.delete()
         self._state = self._new_state()
 
     def free(self) -> None:

@@ -37,6 +37,7 @@ POINTS = {
     "plan": Harm.STEP,
     "dispatch": Harm.STEP,
     "read": Harm.STEP,  # the results of a step
+    "account": Harm.STEP,  # behind the rows that took in their tokens
     "reset": Harm.ENGINE,  # new pages after a failed step
     "loop": Harm.ENGINE,  # between steps
 }

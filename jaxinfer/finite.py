@@ -2,6 +2,9 @@
 
 A NaN that gets into a row's keys or values was in the hidden state of its own position, which carries it on to the
 last layer: so the hidden states of a prefill step and the logits of a decode step show all of them.
+
+A round that verifies proposals computes them beside the row's own tokens, and attention to a value of NaN is NaN even
+where its weight is 0: a proposal that makes NaN breaks its row, though without speculation it might never come.
 """
 
 import jax

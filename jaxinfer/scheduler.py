@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from jaxinfer.books import Books
-from jaxinfer.committing import ending_of, failure, nan_failure, take_in_chunks
+from jaxinfer.committing import ending_of, failure, nan_failure, take_in_chunks, unexplained_end
 from jaxinfer.config import EngineConfig
 from jaxinfer.core import Load
 from jaxinfer.draft_lengths import DraftLengths
-from jaxinfer.errors import GrammarFailed, InvalidRequest, StepFailed
+from jaxinfer.errors import GrammarFailed, InvalidRequest
 from jaxinfer.fault_points import fault_point
 from jaxinfer.grammar_matcher import Matcher
 from jaxinfer.metrics import Metrics
@@ -43,6 +43,7 @@ from jaxinfer.sequence import NO_SLOT, Sequence, refuse_endless
 from jaxinfer.types import Request, SamplerForm, StepKind, StepPlan, StepResult, TokenChunk
 
 by_key = attrgetter("key")
+Chunks = list[TokenChunk]
 
 
 class Scheduler:
@@ -107,10 +108,9 @@ class Scheduler:
 
     def fail(self, seq: Sequence, error: Exception, now: float, ids: Iterable[int] = ()) -> TokenChunk:
         """Ends a sample by an error of its own, if it has not; its last chunk, with the tokens `ids`."""
-        last = TokenChunk(seq.request_id, seq.sample_index, list(ids), finish_reason="error", stats=seq.stats)
-        chunk = last if seq.finished else self._end(seq, list(ids), "error", now)
-        chunk.error = error
-        return chunk
+        if not seq.finished:
+            self._end(seq, [], "error", now)
+        return TokenChunk(seq.request_id, seq.sample_index, list(ids), None, None, "error", None, seq.stats, error)
 
     def requeue_all(self) -> None:
         """After a failed step, when the device's pages are lost: running rows wait again with their known tokens."""
@@ -309,14 +309,15 @@ class Scheduler:
 
     # ---- commit
 
-    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenChunk]:
-        """Takes in what a step sampled, ends rows and returns the new tokens. Void for plans from before a requeue."""
+    def commit(self, plan: StepPlan, result: StepResult, now: float, chunks: Chunks | None = None) -> Chunks:
+        """Takes in what a step sampled, ends rows, adds the new tokens to `chunks`. Void for plans before a requeue."""
+        chunks = [] if chunks is None else chunks
         if plan.step_id not in self._in_flight:
-            return []
+            return chunks
         if plan.step_id != next(iter(self._in_flight)):
             raise ValueError(f"step {plan.step_id} committed before step {next(iter(self._in_flight))}")
         rows = self._in_flight.pop(plan.step_id)
-        chunks = [self._break(rows[row], result.tokens[row], now) for row in result.broken if not rows[row].finished]
+        chunks += [self._break(rows[row], result.tokens[row], now) for row in result.broken if not rows[row].finished]
         if plan.kind is StepKind.PREFILL:
             take_in_chunks(plan, result, rows, self._sharing)
         if self._drafts:
@@ -341,6 +342,7 @@ class Scheduler:
             except BaseException as error:  # also a panic of a grammar's library: it is this row's problem only
                 chunk = self.fail(seq, failure(seq, error), now)
             chunks.append(chunk)
+        fault_point("account")
         self.metrics.record_step(plan, num_tokens, now)
         return chunks
 
@@ -385,8 +387,7 @@ class Scheduler:
         """A row ends by a stop id or by its length. One the device stopped for no such reason would wait for ever."""
         ending = ending_of(seq, ids)
         if ending is None:
-            error = StepFailed("the device stopped this row without a reason; please report it")
-            return self.fail(seq, error, now, ids)
+            return self.fail(seq, unexplained_end(), now, ids)
         chunk = self._end(seq, ids, ending.reason, now)
         chunk.stop_reason = ending.stop_id
         return chunk

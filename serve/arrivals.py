@@ -47,6 +47,7 @@ class Arrivals:
             error = DeliveryFailed(f"the service has taken no tokens for {self._patience:g} s and is "
                                    f"{len(self._steps)} steps behind its engine; send the request again")
             self._steps.append(failures(chunks, error))
+            self._doorbell.ring()  # the loop may have come back meanwhile and found nothing more
             raise error
         self._steps.append(chunks)
         self._ring()

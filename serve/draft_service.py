@@ -55,7 +55,8 @@ class Drafting:
         self._temperature = request.temperature
         self._salt = request.cache_salt
         sampled = not request.temperature < LEAST_TEMPERATURE
-        self._num_candidates = min(max(request.num_candidates, 0), MAX_CANDIDATES) if sampled else 0
+        most = min(MAX_CANDIDATES, core.intake.limits.request.max_logprobs - 1)
+        self._num_candidates = max(min(request.num_candidates, most), 0) if sampled else 0
         self._say = say
         self._tokens: list[int] = []
         self._first = 0  # position of the first of the guesses

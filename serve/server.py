@@ -52,7 +52,7 @@ ENGINE_CHECK_SECONDS = 0.5
 """How often the engine's thread is looked at: a dead one must not be SERVING for longer than about a second."""
 CLOSE_GRACE_SECONDS = 1.0
 """What calls get to send their last message once draining is over."""
-CLOSE_ENGINE_SECONDS = 30.0
+CLOSE_ENGINE_SECONDS = 8.0
 """What the engine gets to end its step. One that hangs is left behind: the process ends around it."""
 
 
@@ -138,6 +138,8 @@ class Server:
 
     async def _suspend(self, reason: str | None) -> None:
         """NOT_SERVING, and no new calls, for a reason that a client may read; as before without one."""
+        if reason is None and self._core is not None and not self._core.engine.alive:
+            return  # it does not get on: it has died
         self.served.suspend(reason and f"{reason}; send the request elsewhere")
         status = health_pb2.HealthCheckResponse
         await self._set_health(status.NOT_SERVING if reason else status.SERVING)

@@ -1,6 +1,8 @@
 """Steps that raise inside of the compiled program, and programs that cannot be compiled."""
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.errors import CompileFailed
 from jaxinfer.executor import Executor
 from jaxinfer.fault_points import failing
-from jaxinfer.programs import declare
+from jaxinfer.programs import SAMPLE, declare
 from jaxinfer.testing import CountingModel
 
 
@@ -81,3 +83,63 @@ def test_a_program_that_cannot_be_compiled_stops_the_start_by_name(after):
     text = str(caught.value)
     assert any(repr(name) in text for name in names) and "Ran out of memory" in text and "more of it" not in text
     assert "max_num_seqs" in text
+
+
+@pytest.mark.parametrize("name", ["plan", "dispatch", "read", "account", "a program"])
+def test_memory_needs_to_hold_the_pages_once(name, executor, model, monkeypatch):
+    """What a failed step has left of them is gone before new ones are made."""
+    model.fuse.at = set()
+    engine = new_engine(executor)
+    monkeypatch.setattr(Fused, "new_pages", only_alone(executor._state.kv_pages))
+    one = request("a", range(3), 20, temperature=0.0)
+    engine.add(one)
+    with ExitStack() as faults:
+        if name == "a program":  # the prefill's state is made, and the sampler behind it fails
+            faults.enter_context(failing_program(executor, SAMPLE))
+        else:
+            faults.enter_context(failing(name, RuntimeError("the device is gone"), after=2))
+        chunks = run(engine)
+    assert engine.scheduler.metrics.failed_steps == 1
+    assert ids_of(chunks["a", 0]) == counted(one)
+
+
+def only_alone(pages):
+    """`new_pages` on a device whose memory they fill. Other tests may have left some, which do not count."""
+    others = {id(array) for array in jax.live_arrays() if array is not pages}
+
+    def new_pages(self, num_pages, page_size):
+        if any(array.shape == pages.shape and id(array) not in others and not array.is_deleted()
+               for array in jax.live_arrays()):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: pages are there already")
+        return CountingModel.new_pages(self, num_pages, page_size)
+
+    return new_pages
+
+
+@contextmanager
+def failing_program(executor, key):
+    """Meanwhile the first call of a program raises."""
+    program, calls = executor._programs[key], count()
+
+    def call(*arguments):
+        if next(calls) == 0:
+            raise RuntimeError("the device is gone")
+        return program(*arguments)
+
+    executor._programs[key] = call
+    try:
+        yield
+    finally:
+        executor._programs[key] = program
+
+
+def test_a_step_that_fails_while_the_engine_is_drained_is_replayed_too(executor, model):
+    model.fuse.at = set()
+    engine, one = new_engine(executor), request("a", range(3), 20, temperature=0.0)
+    engine.add(one)
+    found = engine.step()
+    with failing("read", RuntimeError("the device is gone")):
+        found += engine.drain()
+    chunks = run(engine)["a", 0]
+    assert engine.scheduler.metrics.failed_steps == 1
+    assert ids_of([*found, *chunks]) == counted(one)

@@ -189,3 +189,33 @@ def test_readers_are_not_waited_for():
         assert engine.num_steps == 2000
 
     run(test)
+
+
+def test_a_loop_that_comes_back_meanwhile_hears_of_what_was_dropped(monkeypatch: pytest.MonkeyPatch):
+    """Between the engine's last look and its word the loop takes all that waits, and would sleep."""
+    asked, go_on, real = threading.Event(), threading.Event(), arrivals.failures
+
+    def slow(*arguments):
+        asked.set()
+        go_on.wait(5)
+        return real(*arguments)
+
+    monkeypatch.setattr(arrivals, "failures", slow)
+
+    async def test():
+        engine = CountingEngine()
+        bridge = Bridge(engine, asyncio.get_running_loop(), patience=0.05)
+        stream = opened(bridge, lambda chunk: True)
+        with held_up(engine) as stepping:
+            assert asked.wait(5)
+        while len(bridge._arrivals):
+            await asyncio.sleep(0)
+        go_on.set()
+        stepping.join(5)
+        engine.rows.clear()
+        with pytest.raises(DeliveryFailed):
+            async with asyncio.timeout(5):
+                while await stream.wait():
+                    pass
+
+    run(test)

@@ -3,9 +3,11 @@
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -13,6 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from paged_engine import held, paged_core
 from serving import Served, eventually, serving
 
+from jaxinfer.engine_thread import EngineThread
+from jaxinfer.fault_points import failing
 from serve.watchdog import LoopPulse, Watchdog, Watched
 
 LIMIT = 10.0
@@ -113,6 +117,24 @@ def test_health_follows_the_engine_and_streams_go_on_behind_a_hang(served: Serve
     hung, *_, freed = (record.getMessage() for record in caplog.records)
     assert "jaxinfer-engine:" in hung and "gate.wait" in hung, "the stack of the thread that hangs"
     assert freed == "the engine gets on again"
+
+
+def test_an_engine_that_dies_around_a_device_that_hangs_is_dead():
+    """Its thread lives on, for as long as the device takes, and nothing else would tell."""
+    core, gate = paged_core(), threading.Event()
+    engine = cast(EngineThread, core.engine)
+    engine._engine.drain = lambda: gate.wait(30) and []  # pyright: ignore[reportAttributeAccessIssue]
+    with serving(core, hang_seconds=0.2) as served:
+        try:
+            with failing("loop", RuntimeError("a defect")), pytest.raises(grpc.RpcError):
+                list(served.client.stream([1], max_tokens=9))
+            eventually(lambda: not engine.alive)
+            assert engine._thread.is_alive()
+            served.call(served.server._suspend("it hangs"))
+            served.call(served.server._suspend(None))
+            assert health_of(served) == health_pb2.HealthCheckResponse.NOT_SERVING, "the dead do not get on again"
+        finally:
+            gate.set()
 
 
 def test_a_process_whose_engine_hangs_for_good_ends():
