@@ -158,6 +158,6 @@ def test_a_result_from_before_a_failure_is_void():
     result = harness.in_flight[0][1]
     harness.fail()
     assert harness.scheduler.commit(plan, result, 1.0) == []
-    assert harness.scheduler.num_in_flight == 0
+    assert not harness.scheduler._in_flight
     harness.run()
     harness.check_outputs()
