@@ -236,6 +236,7 @@ def place_params(
         unit="tensor",
         delay=PROGRESS_AFTER_SECONDS,
         leave=False,
+        disable=None,  # no bar without a terminal
     ):
         names = source_paths(path, config.num_layers)
         parts = [fitted(lazy[name], sources[name], spec, config.head_dim) for name in names]

@@ -95,6 +95,7 @@ SERVER_OPTIONS = (
     Option("metrics_host", str, "127.0.0.1", "address of that port; what holds for --host holds for it"),
     Option("metrics_compat", str, None, "vllm: show the metrics under vLLM's names too (default: ours alone)"),
     Option("request_log", bool, False, "a line of JSON on standard error for each request: counts, times, no text"),
+    Option("log_level", str, "info", "least level logged: debug, info, warning, error or critical"),
     Option("otlp_endpoint", str, None, "http(s)://host:port of an OpenTelemetry collector for spans (default: none)"),
 )
 """Arguments of serve.server_config.ServerConfig; a test compares names and defaults with it."""

@@ -298,9 +298,10 @@ def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineCo
 
 
 def warm_up(executor: Executor, show_progress: bool) -> int:
-    """Compiles everything, with a bar once it takes long enough to be noticed."""
+    """Compiles everything, with a bar on a terminal once it takes long enough to be noticed."""
     total = executor.num_declared
-    with tqdm(total=total, desc="compiling", unit="program", delay=1.0, disable=not show_progress, leave=False) as bar:
+    with tqdm(total=total, desc="compiling", unit="program", delay=1.0, leave=False,
+              disable=None if show_progress else True) as bar:
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update()

@@ -34,7 +34,7 @@ class Authenticate(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         tenant, problem = self._judge(handler_call_details.invocation_metadata)
         if tenant is None:
-            log.info("a call of %r was refused: %s", handler_call_details.method, problem)
+            log.debug("a call of %r was refused: %s", handler_call_details.method, problem)
             self._ended["UNAUTHENTICATED"] += 1
             return refusing(grpc.StatusCode.UNAUTHENTICATED, problem)
         enter_tenant(tenant)

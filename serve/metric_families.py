@@ -42,12 +42,15 @@ HISTOGRAMS = (
 )
 
 
-def families(core: Core | None, ended: Mapping[str, int], *, hangs: bool = False) -> Iterator[Family]:
-    """core: None while it loads. ended: calls by status. hangs: whether the engine does."""
+def families(core: Core | None, ended: Mapping[str, int], *, hangs: bool = False, dropped_lines: int = 0
+             ) -> Iterator[Family]:  # fmt: skip
+    """core: None while it loads. ended: calls by status. hangs: whether the engine does. dropped_lines: of the log."""
     is_ready = core is not None and core.engine.alive and not hangs
     yield gauge("ready", "Whether a model is served (1), or loads, hangs or has died (0).", is_ready)
     yield Family.by("jaxinfer_calls_total", "counter", "Calls that ended, by gRPC status: rejects, cancels, deadlines.",
                     "code", {**dict.fromkeys(CODES, 0), **ended}, {})
+    yield Family.of("jaxinfer_log_lines_dropped_total", "counter", "Lines of the log that nobody took.",
+                    dropped_lines, {})
     if core is None:
         return
     info = core.info

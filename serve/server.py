@@ -6,9 +6,7 @@
 import asyncio
 import gc
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from jaxinfer.protos.v1 import draft_pb2_grpc
 from serve import request_log, service_manager
 from serve.authentication import Authenticate
 from serve.call_limit import LimitCalls
+from serve.console import Console
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.ended_request import Observer
 from serve.exposition import text_of
@@ -59,8 +58,10 @@ CLOSE_ENGINE_SECONDS = 8.0
 class Server:
     """The server and its three states. Lives on one event loop; signals and threads are `serve`'s."""
 
-    def __init__(self, config: ServerConfig, give_up: Callable[[], None] = lambda: None):
+    def __init__(self, config: ServerConfig, give_up: Callable[[], None] = lambda: None,
+                 dropped_lines: Callable[[], int] = lambda: 0):
         """give_up: ends the process once the engine or the loop has hung for hang_exit_seconds; called on a thread.
+        dropped_lines: how many lines of the log nobody took, for the metrics.
 
         Raises InvalidConfig where a file of tokens or certificates cannot be used.
         """
@@ -78,6 +79,7 @@ class Server:
                                        options=config.channel_options())
         self._core: Core | None = None
         self._give_up = give_up
+        self._dropped_lines = dropped_lines
         self._watchdog: Watchdog | None = None
         self.engine_hangs = False
         """Whether `stop` has left the engine behind."""
@@ -110,7 +112,8 @@ class Server:
         """On a thread of the metrics' server: it copies counts and waits for nobody."""
         core, ended = self._core, self.served.calls.ended.copy()
         more = vllm_families(core) if core is not None and self.config.metrics_compat == "vllm" else ()
-        return text_of((*families(core, ended, hangs=self.served.is_suspended), *more))
+        ours = families(core, ended, hangs=self.served.is_suspended, dropped_lines=self._dropped_lines())
+        return text_of((*ours, *more))
 
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
@@ -152,7 +155,8 @@ class Server:
         await self._health.enter_graceful_shutdown()
         self.served.refuse_new("the server is stopping; send the request elsewhere")
         self.drafts.end()
-        drained = await self._drain(now or asyncio.Event())
+        now = now or asyncio.Event()
+        drained = await self._drain(now)
         self.served.fail_running("the server was stopped before the request was finished")
         await self._server.stop(CLOSE_GRACE_SECONDS if self.served.calls.num_running else 0)
         if self._core is not None:
@@ -162,7 +166,7 @@ class Server:
         self.served.close()
         self.drafts.close()
         if self.tracing is not None:
-            await asyncio.to_thread(self.tracing.close)
+            await asyncio.to_thread(self.tracing.close, now.is_set)
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
         return drained
@@ -313,13 +317,18 @@ def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
 
     core_factory: loads and warms a model; runs in a thread while health answers NOT_SERVING. announce: gets one
     line when bound, one when ready and one when stopping (default: standard output). Returns 0 when all calls
-    could finish, 1 when some were cut off or the engine died. Raises InvalidConfig, and whatever core_factory raises.
+    could finish, 1 when some were cut off or the engine died. Configures logging unless the application
+    has done so (`serve.console`). Raises InvalidConfig, and whatever core_factory raises.
     """
-    return asyncio.run(_serve(core_factory, config or ServerConfig(), announce or _print_line))
+    config = config or ServerConfig()
+    with Console(config.log_level) as console:
+        return asyncio.run(_serve(core_factory, config, announce or console.output.put, console))
 
 
-async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None]) -> int:
-    server, stops, began = Server(config, lambda: exit_now(1)), Stops(), time.monotonic()
+async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None],
+                 console: Console) -> int:
+    server = Server(config, lambda: console.exit_now(1), lambda: console.errors.num_dropped)
+    stops, began = Stops(), time.monotonic()
     await server.start()
     for warning in config.warnings():
         log.warning(warning)
@@ -339,7 +348,7 @@ async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announc
     drained = await server.stop(stops.now)
     status = 0 if drained and not died and not server.engine_hangs else 1
     if loading.unfinished or server.engine_hangs:
-        exit_now(status)
+        console.exit_now(status)
     return status
 
 
@@ -371,16 +380,3 @@ def settle_heap() -> None:
     all of it, some 100 ms with jax, while every stream stands still."""
     gc.collect()
     gc.freeze()
-
-
-def exit_now(status: int) -> None:
-    """Without the interpreter's own shutdown, which a thread inside XLA would abort or hold up. Nothing is lost: files
-    are published by rename only.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _print_line(line: str) -> None:
-    print(line, flush=True)

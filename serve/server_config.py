@@ -11,6 +11,7 @@ from serve.loopback import is_loopback
 
 SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
 """Not hosts to gRPC: "unix:50051" is a file."""
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 SPARE_STREAMS = 1024
 """Of a connection that runs `max_calls` calls: for those that pass at that limit, and those that are being refused."""
@@ -42,6 +43,7 @@ class ServerConfig:
     metrics_port: where Prometheus finds the metrics over HTTP, over HTTPS where metrics_host is open to other machines
     and there is a certificate; None: nowhere. metrics_compat: "vllm" shows them under vLLM's names too.
     request_log: a line of JSON on standard error for each request that ends (`serve.request_log`).
+    log_level: least level of what is logged to standard error (`serve.console`); the request log is not under it.
     otlp_endpoint: "http://host:port" of a collector that gets spans (`serve.tracing`), https with TLS; None: no spans.
     """
 
@@ -64,6 +66,7 @@ class ServerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_compat: str | None = None
     request_log: bool = False
+    log_level: str = "info"
     otlp_endpoint: str | None = None
 
     def __post_init__(self):
@@ -88,6 +91,8 @@ class ServerConfig:
                 raise InvalidConfig(name, f"must be in [1, {INT32_MAX}], got {value}")
         if self.metrics_compat not in (None, "vllm"):
             raise InvalidConfig("metrics_compat", f"must be vllm or left out, got {self.metrics_compat!r}")
+        if self.log_level not in LOG_LEVELS:
+            raise InvalidConfig("log_level", f"must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
         if self.otlp_endpoint is not None and not is_endpoint(self.otlp_endpoint):
             raise InvalidConfig("otlp_endpoint", "must be http://host:port or https://host:port of a collector that "
                                 f"takes OTLP over gRPC, such as http://127.0.0.1:4317, got {self.otlp_endpoint!r}")

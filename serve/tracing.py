@@ -15,6 +15,7 @@ The packages are the extra `otel`, so this module is imported only where spans a
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.context import Context
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
 """What a stop waits for a collector; one that is gone must not hold it up."""
+HURRY_SECONDS = 0.05
+"""How often a stop looks whether it must not wait any more."""
 EXPORT_SECONDS = 10.0
 """What sending a batch may take, retries included."""
 MAX_NAME = 128
@@ -79,14 +82,16 @@ class Tracing:
                 self._record_phases(span, ended.generation.engine_stats(), epoch, end)
         span.end(end)
 
-    def close(self) -> None:
-        """Sends what waits, for FLUSH_SECONDS at most."""
+    def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Sends what waits, for FLUSH_SECONDS at most, and only until `hurry` says that nothing may be waited for."""
         # A daemon: the SDK's own shutdown waits for 30 s, and nothing can interrupt it but the exporter's end.
         flush = threading.Thread(target=self._provider.shutdown, name="jaxinfer-spans", daemon=True)
         flush.start()
-        flush.join(FLUSH_SECONDS)
+        began = time.monotonic()
+        while flush.is_alive() and not hurry() and (left := FLUSH_SECONDS - (time.monotonic() - began)) > 0:
+            flush.join(min(HURRY_SECONDS, left))
         if flush.is_alive():
-            log.warning("the last spans were not taken within %g s and are lost", FLUSH_SECONDS)
+            log.warning("the last spans were not taken within %.1f s and are lost", time.monotonic() - began)
             if self._exporter is not None:
                 self._exporter.shutdown()
 

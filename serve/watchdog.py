@@ -1,7 +1,8 @@
 """Tells an engine, or an event loop, that hangs from one that is busy: the busy one gets on.
 
 A thread of its own looks at numbers that change whenever something was done. It counts the time in its own looks, so
-that a process that was stopped or starved meanwhile does not appear to have hung.
+that a process that was stopped or starved meanwhile does not appear to have hung. It acts first and logs then, and
+waits for the log for a moment only: what blocks the log may be what hangs.
 """
 
 import logging
@@ -11,11 +12,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between two looks."""
+LOG_SECONDS = 1.0
+"""What the log may take for a line."""
 
 Progress = Callable[[], int | None]
 """A number that changes whenever there was progress; None while there is nothing to do."""
@@ -38,20 +42,21 @@ class Watched:
     is_stuck: bool = False
     _last: int | None = field(default=None, init=False)
 
-    def look(self, passed: float, limit: float) -> None:
-        """passed: seconds since the last look."""
+    def look(self, passed: float, limit: float) -> Callable[[], None] | None:
+        """passed: seconds since the last look. Returns what logs what was found and done, if there is something."""
         now = self.progress()
         self.seconds = self.seconds + passed if now is not None and now == self._last else 0.0
         self._last = now
         if self.is_stuck and not self.seconds:
             self.is_stuck = False
-            log.warning("the %s gets on again", self.name)
             self.freed()
-        elif not self.is_stuck and self.seconds >= limit:
+            return partial(log.warning, "the %s gets on again", self.name)
+        if not self.is_stuck and self.seconds >= limit:
             self.is_stuck = True
             text = f"the {self.name} has work and has not got on for {self.seconds:.0f} s, the limit is {limit:g} s"
-            log.critical("%s; what all threads do:\n%s", text, stacks())
             self.stuck(text)
+            return lambda: log.critical("%s; what all threads do:\n%s", text, stacks())
+        return None
 
 
 class Watchdog:
@@ -66,6 +71,7 @@ class Watchdog:
         self._exit_seconds = exit_seconds
         self._give_up = give_up
         self._ended = threading.Event()
+        self._writing: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="jaxinfer-watchdog", daemon=True)
 
     def start(self) -> None:
@@ -77,10 +83,24 @@ class Watchdog:
     def look(self, passed: float) -> None:
         """What the thread does every LOOK_SECONDS."""
         for one in self._watched:
-            one.look(passed, self._seconds)
+            if (write := one.look(passed, self._seconds)) is not None:
+                self._log(write)
             if self._exit_seconds and one.seconds >= self._exit_seconds:
-                log.critical("the %s has not got on for %.0f s; the process ends", one.name, one.seconds)
+                self._log(partial(log.critical, "the %s has not got on for %.0f s; the process ends", one.name,
+                                  one.seconds))
                 self._give_up()
+
+    def _log(self, write: Callable[[], None]) -> None:
+        """Nothing is written while what was last written is still blocked."""
+        if self._writing is not None and self._writing.is_alive():
+            return
+        writing = threading.Thread(target=write, name="jaxinfer-watchdog-log", daemon=True)
+        try:
+            writing.start()
+        except RuntimeError:  # no more threads: that may be what hangs, and acting goes on
+            return
+        self._writing = writing
+        writing.join(LOG_SECONDS)
 
     def _run(self) -> None:
         interval = min(LOOK_SECONDS, self._seconds / 4)

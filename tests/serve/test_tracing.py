@@ -1,5 +1,6 @@
 """Spans of real calls: as they are made, as a collector gets them, and where there is none."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -262,6 +263,22 @@ def test_a_dead_collector_costs_spans_and_nothing_else(silent: str, monkeypatch:
     assert "Queue full" in caplog.text  # told, and not grown
     assert "the last spans were not taken within 0.2 s" in caplog.text
     eventually(lambda: "OtelBatchSpanRecordProcessor" not in {thread.name for thread in threading.enumerate()})
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_stop_at_once_does_not_wait_for_a_collector(silent: str, when: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tracing, "FLUSH_SECONDS", 1000.0)
+    with serving(make_core(CountingEngine(pace=0.001)), otlp_endpoint=silent) as served:
+        assert served.client.generate([1, 2], max_tokens=2, timeout=5).token_ids == (3, 4)
+        now = asyncio.Event()
+        if when == "before":
+            served.loop.call_soon_threadsafe(now.set)
+        stopping = served.start(served.server.stop(now))
+        if when == "meanwhile":
+            eventually(lambda: "jaxinfer-spans" in {thread.name for thread in threading.enumerate()})
+            assert not stopping.done()
+            served.loop.call_soon_threadsafe(now.set)
+        stopping.result(timeout=10)
 
 
 def test_nobody_there_is_as_good_as_silence(monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from serving import Served, eventually, serving
 
 from jaxinfer.engine_thread import EngineThread
 from jaxinfer.fault_points import failing
+from serve import watchdog
 from serve.watchdog import LoopPulse, Watchdog, Watched
 
 LIMIT = 10.0
@@ -29,9 +30,9 @@ class Seen(list[str]):
         return Watched("thing", progress, self.append, lambda: self.append("freed"))
 
 
-def looks(watchdog: Watchdog, number: int) -> None:
+def looks(dog: Watchdog, number: int) -> None:
     for _ in range(number):
-        watchdog.look(1.0)
+        dog.look(1.0)
 
 
 def test_what_gets_on_is_never_stuck_however_busy():
@@ -42,49 +43,77 @@ def test_what_gets_on_is_never_stuck_however_busy():
 
 def test_what_gets_on_seldom_enough_is_stuck_and_freed_when_it_does():
     seen, done = Seen(), [7]
-    watchdog = Watchdog([seen.watched(lambda: done[0])], LIMIT)
-    looks(watchdog, 10)  # the first look sees the number, nine see it again
+    dog = Watchdog([seen.watched(lambda: done[0])], LIMIT)
+    looks(dog, 10)  # the first look sees the number, nine see it again
     assert not seen
-    looks(watchdog, 50)
+    looks(dog, 50)
     assert [text.startswith("the thing has work and has not got on for 10 s") for text in seen] == [True]
     done[0] += 1
-    looks(watchdog, 1)
+    looks(dog, 1)
     assert seen[1:] == ["freed"]
 
 
 def test_what_has_nothing_to_do_is_not_stuck_and_what_ends_so_is_freed():
     seen, progress = Seen(), [None]
-    watchdog = Watchdog([seen.watched(lambda: progress[0])], LIMIT)
-    looks(watchdog, 100)
+    dog = Watchdog([seen.watched(lambda: progress[0])], LIMIT)
+    looks(dog, 100)
     assert not seen
     progress[0] = 3  # pyright: ignore[reportArgumentType]
-    looks(watchdog, 11)
+    looks(dog, 11)
     progress[0] = None
-    looks(watchdog, 1)
+    looks(dog, 1)
     assert seen[1:] == ["freed"]
 
 
 def test_it_gives_up_in_time_and_for_what_hangs_only():
     numbers, given_up = count(), []
     watched = [Seen().watched(lambda: next(numbers)), Seen().watched(lambda: 3)]
-    watchdog = Watchdog(watched, LIMIT, 30.0, lambda: given_up.append(watched[1].seconds))
-    looks(watchdog, 30)
+    dog = Watchdog(watched, LIMIT, 30.0, lambda: given_up.append(watched[1].seconds))
+    looks(dog, 30)
     assert not given_up
-    looks(watchdog, 1)
+    looks(dog, 1)
     assert given_up == [30.0]
 
 
 def test_a_loop_gets_on_while_it_makes_the_calls_that_it_is_asked_to_make():
     asked = []
     pulse, seen = LoopPulse(asked.append), Seen()
-    watchdog = Watchdog([seen.watched(pulse)], LIMIT)
+    dog = Watchdog([seen.watched(pulse)], LIMIT)
     for _ in range(50):
-        looks(watchdog, 1)
+        looks(dog, 1)
         while asked:
             asked.pop()()
     assert not seen
-    looks(watchdog, 20)
+    looks(dog, 20)
     assert len(seen) == 1
+
+
+class Blocked(logging.Handler):
+    """A log that takes nothing until `gate` is set."""
+
+    def __init__(self, happened: list[str]):
+        super().__init__()
+        self.gate = threading.Event()
+        self._happened = happened
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.gate.wait(3)
+        self._happened.append("logged")
+
+
+def test_it_acts_first_and_does_not_wait_for_a_log_that_is_blocked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watchdog, "LOG_SECONDS", 0.01)
+    happened: list[str] = []
+    handler = Blocked(happened)
+    watched = Watched("thing", lambda: 3, lambda text: happened.append("stuck"))
+    watchdog.log.addHandler(handler)
+    try:
+        looks(Watchdog([watched], LIMIT, 20.0, lambda: happened.append("given up")), 21)
+        assert happened == ["stuck", "given up"]
+        handler.gate.set()
+        eventually(lambda: happened == ["stuck", "given up", "logged"])  # what came meanwhile does not pile up
+    finally:
+        watchdog.log.removeHandler(handler)
 
 
 @pytest.fixture
