@@ -17,7 +17,7 @@ SERVER = (
     Option("token_file", file, None, "file with the token to send; a line TENANT TOKEN of the server's file does too"),
     Option("insecure", bool, False, "send the token to another machine without TLS"),
     Option("connections", count, None, "connections to spread the requests over (default: one for 200 at once)"),
-    Option("metrics_url", str, None, "its metrics, as http://127.0.0.1:9090/metrics: shows what speculation kept"),
+    Option("metrics_url", str, None, "its metrics, as http://127.0.0.1:9464/metrics: shows what speculation kept"),
 )
 LOAD = (
     Option("num_prompts", count, 1000, "requests to send"),

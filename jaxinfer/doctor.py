@@ -121,7 +121,7 @@ def unused_accelerators(backend: str, pci: Sequence[tuple[str, str]], platforms:
     name, extra = ("TPU", "tpu") if has_tpu else ("NVIDIA GPU", "cuda13")
     if platforms:
         return [f"a {name} is present but JAX_PLATFORMS={platforms} keeps jax on the CPU: unset it"]
-    remedy = f'pip install "jaxinfer[{extra}]", and see that no other process holds it'
+    remedy = f"pip install '.[{extra}]' in the checkout, and see that no other process holds it"
     return [f"a {name} is present but jax runs on the CPU: {remedy}"]
 
 

@@ -60,7 +60,7 @@ def library() -> Any:
         import llguidance
     except ImportError:
         raise InvalidRequest(FIELD, "needs the package llguidance, which is not installed; "
-                             "pip install jaxinfer[grammar], or leave it out") from None
+                             "pip install '.[grammar]' in the checkout, or leave it out") from None
     return llguidance
 
 

@@ -242,7 +242,7 @@ def tracing_of(config: ServerConfig) -> "Tracing | None":
         if error.name is None or error.name.partition(".")[0] != "opentelemetry":
             raise
         raise InvalidConfig("otlp_endpoint", f"needs packages that are not installed ({error.name}): "
-                            "pip install 'jaxinfer[otel]', or leave it out") from None
+                            "pip install '.[otel]' in the checkout, or leave it out") from None
     return to_collector(config.otlp_endpoint)
 
 

@@ -142,6 +142,19 @@ def test_the_python_that_is_asked_for_is_the_same_everywhere(repository, project
     assert f"MIN_PYTHON := {wanted}\n" in (repository / "Makefile").read_text()
 
 
+HINT = re.compile(r"""pip install (?:-e )?\S*?\[([a-z0-9,{}]+)\\?\]""")
+
+
+def test_hints_install_extras_that_there_are_from_the_checkout(repository: Path, tracked: list[Path], project: dict):
+    """The package is on no index: `pip install NAME[...]` would find nothing, or something that is not ours."""
+    hints = [(path.name, match) for path in tracked if path.suffix in {".md", ".py", ".service"}
+             for match in HINT.finditer(path.read_text())]
+    assert len(hints) >= 10
+    assert [(name, match[0]) for name, match in hints if not re.search(r"""["']\\?\.\\?\[""", match[0])] == []
+    named = {extra for _, match in hints for extra in match[1].split(",")} - {"{extra}"}
+    assert named <= set(project["optional-dependencies"])
+
+
 # Set-up.
 
 

@@ -94,7 +94,7 @@ def measure(server: ServerProcess, service: Service, length: Length) -> list[Res
         Result(f"{name}: p99 inter-token gap", gap * 1e3, "ms"),
         Result(f"{name}: longest declared step", longest_step() * 1e3, "ms"),
         Result(f"{name}: p99 gap of the device alone", p99(of_steps(steps)) * 1e3, "ms"),
-        Result(f"{name}: p99 of the machine's delay in waking the engine", p99(late) * 1e3, "ms"),
+        Result(f"{name}: p99 lateness of waking the engine", p99(late) * 1e3, "ms"),
         Result(f"{name}: p99 time to first token", p99([answer.first_token for answer in answers]) * 1e3, "ms"),
         Result(f"{name}: capacity", most, "requests/s"),
         Result(f"{name}: requests", len(answers), "requests"),

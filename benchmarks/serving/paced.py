@@ -85,7 +85,7 @@ class PacedDevice:
         return steps
 
     def take_lateness(self) -> list[float]:
-        """By how much the machine was late to wake the engine at the end of a step, seconds, since the last call."""
+        """By how much the engine woke late at the end of a step, seconds, since the last call."""
         self._late, late = [], self._late
         return late
 

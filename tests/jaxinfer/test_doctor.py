@@ -13,8 +13,8 @@ TPU, GPU, SOUND = ("0x1ae0", "0x120000"), ("0x10de", "0x030200"), ("0x10de", "0x
 @pytest.mark.parametrize(
     ("backend", "pci", "platforms", "words"),
     [
-        ("cpu", [TPU], "", 'a TPU is present but jax runs on the CPU: pip install "jaxinfer[tpu]"'),
-        ("cpu", [SOUND, GPU], "", 'pip install "jaxinfer[cuda13]"'),
+        ("cpu", [TPU], "", "a TPU is present but jax runs on the CPU: pip install '.[tpu]'"),
+        ("cpu", [SOUND, GPU], "", "pip install '.[cuda13]'"),
         ("cpu", [TPU], "cpu", "JAX_PLATFORMS=cpu keeps jax on the CPU"),
         ("cpu", [SOUND], "", None),
         ("cpu", [], "", None),

@@ -178,7 +178,7 @@ def test_too_many_that_wait_are_refused(tokenizer, monkeypatch):
 
 def test_without_llguidance_a_request_is_refused(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(InvalidRequest, match=r"pip install jaxinfer\[grammar\]"):
+    with pytest.raises(InvalidRequest, match=r"pip install '\.\[grammar\]'"):
         Grammars(tokenizer, V, [tokenizer.eos_id]).compile(StructuredOutput(regex="a"))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,20 @@ def seconds(text: str) -> float:
     return float(number) * (1 if unit == "s" else 60)
 
 
-def test_systemd_reads_the_unit(tmp_path: Path):
+def drop_in() -> list[str]:
+    """The settings of [Service] that the unit's comment gives for other machines."""
+    comment = [line[1:].strip() for line in UNIT.read_text().splitlines() if line.startswith("#     ")]
+    settings = comment[comment.index("[Service]") + 1:]
+    return [line for line in settings if re.match(r"\w+=", line)]
+
+
+@pytest.mark.parametrize("added", [[], drop_in()], ids=["this machine", "others"])
+def test_systemd_reads_the_unit(tmp_path: Path, added: list[str]):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace(PROGRAM, sys.executable))  # one that is there, or it is not a unit to run
+    text = UNIT.read_text().replace(PROGRAM, sys.executable)  # one that is there, or it is not a unit to run
+    unit.write_text(text.replace("\n[Install]", "\n".join([*added, "", "[Install]"])))
     verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True,
                               timeout=60, check=False)
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
@@ -84,7 +94,22 @@ def test_the_units_command_is_ours():
     args = parsed([word.replace("${JAXINFER_MODEL}", variables["JAXINFER_MODEL"]) for word in words])
     assert args.model == "demo" and args.drain_seconds == ServerConfig().drain_seconds
     assert args.compile_cache == f"%C/{service['CacheDirectory'][0]}" and service["CacheDirectoryMode"] == ["0700"]
-    assert parsed(shlex.split("serve --host 0.0.0.0 --tls-cert a --tls-key b --token-file c"))  # as its comment says
+    assert ServerConfig().hang_seconds < args.hang_exit_seconds <= ServerConfig().hang_exit_seconds
+    assert "Documentation" not in read_unit()["Unit"]  # an install has no file of ours that a manual could name
+
+
+def test_the_units_user_can_read_what_root_keeps():
+    """Every file of the example's options is a credential: a user who is made up at the start owns nothing."""
+    *credentials, environment = drop_in()
+    copies = {value.partition("=")[2].partition(":")[0] for value in credentials if value.startswith("LoadCredential=")}
+    assert len(copies) == len(credentials)
+    key, _, value = environment.partition("=")
+    (variable,) = shlex.split(value)
+    name, _, options = variable.partition("=")
+    assert (key, name) == ("Environment", "JAXINFER_OPTIONS")
+    args = parsed(["serve", *shlex.split(options)])
+    assert {f"%d/{copy}" for copy in copies} == {args.tls_cert, args.tls_key, args.token_file}
+    assert read_unit()["Service"]["DynamicUser"] == ["yes"] and args.host == "0.0.0.0"  # noqa: S104 (as the example)
 
 
 def test_the_unit_waits_for_the_drain_and_tells_the_server_alone():
@@ -128,7 +153,7 @@ def test_the_image_runs_our_command_as_nobody_in_particular():
     args = parsed(words)
     assert json.loads(the("ENTRYPOINT"))[0] == "jaxinfer" and args.drain_seconds == ServerConfig().drain_seconds
     assert the("USER") not in ("0", "root") and the("STOPSIGNAL") == "SIGTERM"
-    assert the("EXPOSE").split()[0] == str(ServerConfig().port)
+    assert the("EXPOSE").split() == [str(ServerConfig().port), str(metrics_port(UNIT.read_text()))]
     assert the("ENV") == f"JAXINFER_COMPILE_CACHE={the('VOLUME')}"
     assert any(name == "RUN" and f"-m 0700 -o jaxinfer {the('VOLUME')}" in value for name, value in instructions())
 
@@ -141,6 +166,49 @@ def test_the_image_is_probed_by_our_probe():
     assert args.address == f"{ServerConfig().host}:{ServerConfig().port}"
     given = dict(option[2:].split("=") for option in options.split())
     assert seconds(given["timeout"]) > args.timeout and seconds(given["start-period"]) >= 600
+
+
+def docker_run() -> list[str]:
+    """The words of the example in the Dockerfile's header, from `docker` on."""
+    header = [line.removeprefix("#").strip() for line in DOCKERFILE.read_text().splitlines() if line.startswith("#")]
+    start = next(number for number, line in enumerate(header) if line.startswith("docker run"))
+    text = "\n".join(header[start:]).replace("\\\n", " ")
+    return shlex.split(text.partition("\n")[0])
+
+
+def test_the_example_with_tls_is_probed_with_tls():
+    """Its files are in the mounted folder, its port is the published one, and the probe knows the certificate."""
+    words = docker_run()
+    image = words.index("jaxinfer")
+    args = parsed(["serve", *words[image + 1:]])
+    python, flag, module, *asked = shlex.split(words[words.index("--health-cmd") + 1])
+    assert (python, flag, module) == ("python", "-m", probe.__name__) and words.index("--health-cmd") < image
+    probed = probe.make_parser().parse_args(asked)
+    assert probe.tls_of(probed) and probed.server_name
+    port = args.port or ServerConfig().port
+    assert probed.address == f"{ServerConfig().host}:{port}" and f"{port}:{port}" in words
+    mounted = {word.split(":")[1] for before, word in pairwise(words) if before == "-v"}
+    files = [args.tls_cert, args.tls_key, args.token_file, probed.tls_ca]
+    assert {str(Path(file).parent) for file in files} | {args.model, the("VOLUME")} == mounted
+    user = the("USER")
+    assert f"--uid {user}" in " ".join(value for name, value in instructions() if name == "RUN")
+    assert f"chown {user} {Path(args.tls_key).name} {Path(args.token_file).name}" in DOCKERFILE.read_text()
+
+
+def metrics_port(text: str) -> int:
+    """The one port that `--metrics-port` has in a text."""
+    (port,) = {int(found) for found in re.findall(r"--metrics-port[ =](\d+)", text)}
+    return port
+
+
+def test_the_documents_use_one_port_for_metrics(repository: Path):
+    """Not 9090: on the machine that scrapes, Prometheus itself listens there."""
+    documents = [repository / name for name in ("README.md", "serve/README.md", "serve/bench/README.md")]
+    port = metrics_port(UNIT.read_text())
+    assert port != 9090
+    for text in map(Path.read_text, documents):
+        assert metrics_port(text) == port
+        assert {int(found) for found in re.findall(r":(\d+)/metrics", text)} <= {port}
 
 
 @pytest.mark.parametrize("path", [UNIT, DOCKERFILE], ids=lambda path: path.name)

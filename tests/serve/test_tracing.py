@@ -305,7 +305,7 @@ def test_off_it_is_not_even_imported(repository: Path):
 def test_missing_packages_name_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "serve.tracing")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(InvalidConfig, match=r"otlp_endpoint: .*not installed.*pip install 'jaxinfer\[otel\]'"):
+    with pytest.raises(InvalidConfig, match=r"otlp_endpoint: .*not installed.*pip install '\.\[otel\]'"):
         Server(ServerConfig(port=0, otlp_endpoint="http://127.0.0.1:4317"))
 
 
