@@ -81,7 +81,7 @@ class Server:
         self._watchdog: Watchdog | None = None
         self.engine_hangs = False
         """Whether `stop` has left the engine behind."""
-        self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text)
+        self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text, self._tls)
         """Where Prometheus asks; None where nobody wanted it."""
 
     @property

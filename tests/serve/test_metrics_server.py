@@ -2,11 +2,14 @@
 
 import contextlib
 import http.client
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
+from serve import metrics_server
 from serve.client import Client
+from serve.metrics_server import MAX_CONNECTIONS
 from serve.server import Server, ServerConfig
 
 PROMPT = "tell nobody of Zanzibar"
@@ -178,6 +183,61 @@ def test_connections_that_say_nothing_do_not_keep_others_out(measured: Served):
         for _ in range(8):
             stack.enter_context(socket.create_connection(address, timeout=5))
         assert answer_of(measured, "GET", "/metrics") == 200
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_slow_connections_do_not_keep_others_out(is_secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each says a byte in time, again and again."""
+    monkeypatch.setattr(metrics_server, "TIMEOUT_SECONDS", 0.3)
+    done, issued = threading.Event(), Authority(tmp_path, "own").issue("server")
+    begun, more = (b"\x16\x03\x01\x40\x00\x01", b"\0") if is_secure else (b"GET /metrics?", b"x")
+    settings = {"tls_cert": str(issued.cert), "tls_key": str(issued.key), "metrics_host": ANYWHERE}
+
+    def dribble(connections: list[socket.socket]) -> None:
+        while not done.wait(0.02):
+            for one in connections:
+                with contextlib.suppress(OSError):
+                    one.sendall(more)
+
+    with measuring(**(settings if is_secure else {})) as served, contextlib.ExitStack() as stack:
+        assert served.server.metrics is not None
+        address = "127.0.0.1", served.server.metrics.port
+        slow = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(MAX_CONNECTIONS)]
+        for one in slow:
+            one.sendall(begun)
+        thread = threading.Thread(target=dribble, args=(slow,))
+        thread.start()
+        try:
+            eventually(lambda: is_scraped(served, issued.ca))
+        finally:
+            done.set()
+            thread.join()
+
+
+def is_scraped(served: Served, ca: Path) -> bool:
+    assert served.server.metrics is not None
+    url = served.server.metrics.url.replace(ANYWHERE, "127.0.0.1")
+    trusting = ssl.create_default_context(cafile=str(ca)) if url.startswith("https") else None
+    try:
+        with urllib.request.urlopen(url, timeout=5, context=trusting) as answer:  # noqa: S310 (our own address)
+            return b"jaxinfer_ready" in answer.read()
+    except OSError:
+        return False
+
+
+def test_bad_certificate_files_leave_the_last_ones_in_force(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    issued, stranger = Authority(tmp_path, "own").issue("server"), Authority(tmp_path, "new").issue("server")
+    with measuring(tls_cert=str(issued.cert), tls_key=str(issued.key), metrics_host=ANYWHERE) as served:
+        issued.cert.write_text("garbage")
+        assert is_scraped(served, issued.ca)
+        assert caplog.text.count("the last certificates stay in force: tls_cert: ") == 1
+        locked = ("openssl", "ec", "-in", issued.key, "-out", issued.key, "-aes128", "-passout", "pass:secret")
+        subprocess.run(locked, check=True, capture_output=True)
+        shutil.copy(stranger.cert, issued.cert)
+        assert is_scraped(served, issued.ca)
+        assert "the key has a password" in caplog.text
+        issued.replace(stranger)
+        assert is_scraped(served, stranger.ca) and not is_scraped(served, issued.ca)
 
 
 def test_a_server_that_loads_says_so():
