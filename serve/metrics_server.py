@@ -104,6 +104,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_port = False
+    request_queue_size = 4 * MAX_CONNECTIONS  # 5 otherwise: the sixth of a burst tries again after a second
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], family: int,
                  context: Callable[[], ssl.SSLContext] | None):

@@ -190,24 +190,27 @@ def test_slow_connections_do_not_keep_others_out(is_secure: bool, tmp_path: Path
     """Each says a byte in time, again and again."""
     monkeypatch.setattr(metrics_server, "TIMEOUT_SECONDS", 0.3)
     done, issued = threading.Event(), Authority(tmp_path, "own").issue("server")
-    begun, more = (b"\x16\x03\x01\x40\x00\x01", b"\0") if is_secure else (b"GET /metrics?", b"x")
+    trusting = ssl.create_default_context(cafile=str(issued.ca))
     settings = {"tls_cert": str(issued.cert), "tls_key": str(issued.key), "metrics_host": ANYWHERE}
 
     def dribble(connections: list[socket.socket]) -> None:
         while not done.wait(0.02):
-            for one in connections:
+            for one in tuple(connections):
                 with contextlib.suppress(OSError):
-                    one.sendall(more)
+                    one.sendall(b"x")
 
     with measuring(**(settings if is_secure else {})) as served, contextlib.ExitStack() as stack:
         assert served.server.metrics is not None
         address = "127.0.0.1", served.server.metrics.port
-        slow = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(MAX_CONNECTIONS)]
-        for one in slow:
-            one.sendall(begun)
+        slow: list[socket.socket] = []
         thread = threading.Thread(target=dribble, args=(slow,))
         thread.start()
         try:
+            for _ in range(MAX_CONNECTIONS):
+                one = socket.create_connection(address, timeout=5)
+                one = trusting.wrap_socket(one, server_hostname="127.0.0.1") if is_secure else one
+                stack.enter_context(one).sendall(b"GET /metrics?")
+                slow.append(one)
             eventually(lambda: is_scraped(served, issued.ca))
         finally:
             done.set()
