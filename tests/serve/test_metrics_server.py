@@ -1,6 +1,7 @@
 """Metrics over a real HTTP connection, after real calls over a real channel."""
 
 import contextlib
+import dataclasses
 import http.client
 import shutil
 import socket
@@ -248,6 +249,27 @@ def test_a_server_that_loads_says_so():
         found = series(served)
     assert value(found, "jaxinfer_ready") == 0
     assert not [name for name, _ in found if name.startswith("jaxinfer_requests")]
+
+
+def test_a_server_that_drains_says_so():
+    with measuring(drain_seconds=5.0) as served:
+        stream = served.client.stream([1, 2], max_tokens=2, temperature=0)
+        eventually(lambda: served.engine.rows)
+        stopping = served.start(served.server.stop())
+        eventually(lambda: value(series(served), "jaxinfer_ready") == 0)
+        assert value(series(served), "jaxinfer_requests_running") == 1
+        for _ in range(2):
+            served.engine.step()
+        assert sum(len(delta.token_ids) for delta in stream) == 2
+        stopping.result(timeout=10)
+
+
+def test_where_the_model_lies_is_not_shown():
+    core = make_core(CountingEngine())
+    core = dataclasses.replace(core, info=dataclasses.replace(core.info, name="/home/somebody/target"))
+    with serving(core, metrics_port=0, metrics_compat="vllm") as served:
+        names = {dict(labels)["model_name"] for _, labels in series(served) if "model_name" in dict(labels)}
+        assert names == {"target"} and "somebody" not in text_of(served)
 
 
 def test_without_a_port_there_are_no_metrics(stepped: Served):
