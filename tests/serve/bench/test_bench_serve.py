@@ -230,6 +230,8 @@ def test_tls_and_a_token(bench: Bench, tmp_path: Path):
         code, _, error = bench(served, *words)
         assert code == 1 and "UNAUTHENTICATED" in error and "--token-file" in error
         assert bench(served, *words, "--token-file", str(tmp_path / "tokens"))[1]["completed"] == 2
+        code, _, error = bench(served, *words[:-2])
+        assert code == 1 and "UNAVAILABLE" in error and "if it has TLS: --tls, or --tls-ca" in error
 
 
 def test_speculation_is_read_from_the_metrics(bench: Bench, monkeypatch):
@@ -266,6 +268,7 @@ def test_metrics_that_cannot_be_read(served: Served, bench: Bench):
     (["--address", "127.0.0.1:1"], "address: 127.0.0.1:1 cannot be measured: UNAVAILABLE"),
     (["--token-file", "EMPTY"], "must begin with a line TOKEN or TENANT TOKEN"),
     (["--tls-ca", "nowhere.pem"], "No such file or directory: 'nowhere.pem'"),
+    (["--tls-ca", "EMPTY"], "EMPTY holds no PEM certificates"),
     (["--input-len", "1m"], "random_input_len: prompts and their outputs"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(served: Served, bench: Bench, words, message, tmp_path: Path):
