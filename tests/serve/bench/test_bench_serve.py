@@ -277,7 +277,7 @@ def test_what_cannot_work_is_refused_in_one_line(served: Served, bench: Bench, w
     places = [str(tmp_path / word) if word in ("EMPTY", "HUGE") else word for word in words]
     before = served.engine.metrics()["finished"].copy()
     code, found, error = bench(served, *places, "--num-prompts", "1")
-    assert (code, found) == (1, {})
+    assert (code, found) == (2 if {"--request-rate", "--goodput"} & set(words) else 1, {})
     assert message in error and error.startswith("jaxinfer: ") and error.count("\n") == 1
     assert served.engine.metrics()["finished"] == before
 
