@@ -120,17 +120,17 @@ def test_failures_are_counted_by_status(served: Served, bench: Bench, tmp_path: 
 
 def test_refused_requests_are_not_tried_again(counting: Served, bench: Bench):
     """Three have room; the engine goes on only when all others have been refused."""
-    engine, refused, submit = counting.engine, [], counting.engine.submit
+    engine, refused, check_room = counting.engine, [], counting.engine.check_room
 
-    def count(request, consumer):
+    def count(num_samples):
         try:
-            submit(request, consumer)
+            check_room(num_samples)
         except Overloaded:
-            refused.append(request.id)
+            refused.append(num_samples)
             engine.paused = len(refused) < 7
             raise
 
-    engine.submit = count  # type: ignore[method-assign]
+    engine.check_room = count  # type: ignore[method-assign]
     words = ("--num-prompts", "10", "--input-len", "4", "--output-len", "5", "--request-rate", "500")
     code, found, _ = bench(counting, *words)
     assert (code, found["completed"], found["failed_by_status"]) == (0, 3, {"RESOURCE_EXHAUSTED": 7})
