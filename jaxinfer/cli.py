@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 import jaxinfer
 from jaxinfer import shadowing
 from jaxinfer.bench_serve_options import BENCH_SERVE_OPTIONS, add_bench_serve_options
-from jaxinfer.command_parser import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED, Parser, add_command, joined
+from jaxinfer.command_parser import (
+    EXIT_CODES,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Parser,
+    WrongUsage,
+    add_command,
+    checked_usage,
+    joined,
+)
 from jaxinfer.errors import InvalidRequest, JaxInferError
 from jaxinfer.options import (
     DOCTOR_OPTIONS,
@@ -26,10 +36,10 @@ from jaxinfer.options import (
     SERVER_OPTIONS,
     add_limit_options,
     add_sampling_options,
+    checked_engine,
     checked_sampling,
     count,
     given,
-    given_limits,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +69,8 @@ def generate(args: argparse.Namespace) -> int:
 
 def checked_for_model(args: argparse.Namespace) -> dict[str, Any]:
     """`checked_sampling`; and what the output must look like is compiled, which takes no engine."""
-    chosen = checked_sampling(args)
+    with checked_usage():
+        chosen = checked_sampling(args)
     if "structured_outputs" in chosen:
         from jaxinfer.shape_check import check_shape
 
@@ -126,11 +137,12 @@ def read_line() -> str | None:
 
 def serve(args: argparse.Namespace) -> int:
     shadowing.check("serve")
-    from jaxinfer.start_options import Options
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at its import; a line for each bad handshake otherwise
     from serve import server
 
-    Options(model=model_of(args), **given(args, ENGINE_OPTIONS), **given_limits(args)).validate()  # then takes a port
-    config = server.ServerConfig(**given(args, SERVER_OPTIONS))
+    engine_arguments(args)  # refuses before a port is taken
+    with checked_usage():
+        config = server.ServerConfig(**given(args, SERVER_OPTIONS))
     return server.serve(lambda: make_llm(args).core, config)
 
 
@@ -146,7 +158,8 @@ def convert(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     from jaxinfer import quick_bench
 
-    load = quick_bench.Load(args.num_prompts, args.input_len, args.output_len)
+    with checked_usage():
+        load = quick_bench.Load(args.num_prompts, args.input_len, args.output_len)
     with make_llm_aside(args) as llm:
         result = quick_bench.run(llm, load)
     print(json.dumps(result.as_dict()) if args.json else result.table())
@@ -158,7 +171,9 @@ def bench_serve(args: argparse.Namespace) -> int:
     from serve.bench import command
     from serve.bench.config import BenchConfig
 
-    return command.run(BenchConfig(**given(args, BENCH_SERVE_OPTIONS)))
+    with checked_usage():
+        config = BenchConfig(**given(args, BENCH_SERVE_OPTIONS))
+    return command.run(config)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -172,8 +187,13 @@ def doctor(args: argparse.Namespace) -> int:
 def make_llm(args: argparse.Namespace) -> "LLM":
     from jaxinfer import LLM
 
-    chosen = given(args, ENGINE_OPTIONS) | given_limits(args)
-    return LLM(model_of(args), **chosen, quiet=getattr(args, "quiet", False))
+    return LLM(model_of(args), **engine_arguments(args), quiet=getattr(args, "quiet", False))
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of LLM that were given. Raises WrongUsage."""
+    with checked_usage():
+        return checked_engine(args, model_of(args))
 
 
 def model_of(args: argparse.Namespace) -> str:
@@ -355,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_words(args, unknown)
     try:
         return args.run(args)
+    except WrongUsage as error:
+        return fail(str(error), EXIT_USAGE)
     except JaxInferError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -366,10 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = EXIT_FAILED) -> int:
     """One line on standard error, whatever the message looks like."""
     print(f"jaxinfer: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_FAILED
+    return status
 
 
 if __name__ == "__main__":

@@ -3,13 +3,29 @@
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+from jaxinfer.errors import InvalidConfig, InvalidRequest
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted"
 LONG_COMMANDS = (("bench", "serve"),)
 """Commands of two words. argparse knows one word, so they are joined to one before it reads them."""
+
+
+class WrongUsage(Exception):
+    """Options have values that can never work, or that do not go together."""
+
+
+@contextmanager
+def checked_usage() -> Iterator[None]:
+    """For what is made of the command line alone: a refusal raises WrongUsage."""
+    try:
+        yield
+    except (InvalidConfig, InvalidRequest) as error:
+        raise WrongUsage(str(error)) from None
 
 
 class Parser(argparse.ArgumentParser):

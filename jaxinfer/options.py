@@ -197,6 +197,15 @@ def _read(file: str) -> str:
             raise InvalidRequest(file, f"is not UTF-8 text: {error}") from None
 
 
+def checked_engine(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Arguments of LLM that were given, refused at once if no model could take them. Raises InvalidConfig."""
+    from jaxinfer.start_options import Options
+
+    chosen = given(args, ENGINE_OPTIONS) | given_limits(args)
+    Options(model=model, **chosen).validate()
+    return chosen
+
+
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
     """What `given_limits` reads."""
     group = parser.add_argument_group("limits of a request", "more is refused with INVALID_ARGUMENT")

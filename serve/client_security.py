@@ -1,6 +1,8 @@
 """The client's side of TLS and tokens. Knows grpc, never jax."""
 
-from collections.abc import Callable
+import contextlib
+import ssl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import grpc
 
 from serve.loopback import is_local
+from serve.pem import load_authorities, load_pair
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -31,8 +34,16 @@ class Tls:
             raise ValueError("a client's certificate needs its key: give both cert and key, or none")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises OSError for a file that cannot be read."""
-        return grpc.ssl_channel_credentials(_bytes(self.ca), _bytes(self.key), _bytes(self.cert))
+        """Raises OSError for a file that cannot be read, ValueError for one that is not what it should be."""
+        ca, key, cert = _bytes(self.ca), _bytes(self.key), _bytes(self.cert)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if ca is not None:
+            with _named(f"{self.ca} holds no PEM certificates"):
+                load_authorities(context, ca)
+        if cert is not None and key is not None:
+            with _named(f"{self.cert} and {self.key} are not a PEM certificate and its private key"):
+                load_pair(context, cert, key)
+        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 def open_channel(module: Any, address: str, tls: Tls | bool | None, options: tuple[tuple[str, Any], ...]) -> Any:
@@ -77,6 +88,14 @@ class _WithMetadata:
 def with_metadata(channel: Any, metadata: Metadata | None) -> Any:
     """`channel` for a stub all of whose calls carry `metadata`."""
     return channel if metadata is None else _WithMetadata(channel, metadata)
+
+
+@contextlib.contextmanager
+def _named(problem: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from None
 
 
 def _bytes(path: str | Path | None) -> bytes | None:

@@ -1,16 +1,15 @@
 """Protobuf messages to the core's types and back; the only place that knows both."""
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any
 
 from jaxinfer.core import Load, ModelInfo
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, Logprob, PositionLogprobs
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
+from serve.model_name import model_name
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 
 MAX_TOKENS_PER_MESSAGE = 1024
@@ -243,14 +242,6 @@ def model_info(info: ModelInfo) -> pb.GetModelInfoResponse:
         name=model_name(info.name), family=info.family, vocab_size=info.vocab_size, max_model_len=info.max_model_len,
         dtype=info.dtype, num_parameters=info.num_parameters, eos_token_ids=info.eos_token_ids,
         has_tokenizer=info.has_tokenizer, has_chat_template=info.has_chat_template)
-
-
-def model_name(model: str) -> str:
-    """The last part of the path that the model was given as: where it lies is not the clients' business."""
-    last = PurePath(model).name
-    if last in ("", ".."):  # ".", ".." and "/" name a folder without its name
-        last = os.path.basename(os.path.abspath(model))
-    return last or model
 
 
 def load(load: Load) -> pb.GetLoadResponse:

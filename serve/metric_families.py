@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxinfer.core import Core
 from serve.exposition import Family
+from serve.model_name import model_name
 
 REASONS = ("stop", "length", "abort", "error")
 """Of `jaxinfer.types.TokenChunk`; all are shown from the start, so that rates are right from the first one on."""
@@ -42,11 +43,14 @@ HISTOGRAMS = (
 )
 
 
-def families(core: Core | None, ended: Mapping[str, int], *, hangs: bool = False, dropped_lines: int = 0
+def families(core: Core | None, ended: Mapping[str, int], *, takes_calls: bool, dropped_lines: int = 0
              ) -> Iterator[Family]:  # fmt: skip
-    """core: None while it loads. ended: calls by status. hangs: whether the engine does. dropped_lines: of the log."""
-    is_ready = core is not None and core.engine.alive and not hangs
-    yield gauge("ready", "Whether a model is served (1), or loads, hangs or has died (0).", is_ready)
+    """core: None while it loads. ended: calls by status. takes_calls: not while it hangs or drains. dropped_lines: of
+    the log.
+    """
+    is_ready = core is not None and core.engine.alive and takes_calls
+    yield gauge("ready", "Whether new requests are served (1); 0 while the model loads, hangs, drains or has died.",
+                is_ready)
     yield Family.by("jaxinfer_calls_total", "counter", "Calls that ended, by gRPC status: rejects, cancels, deadlines.",
                     "code", {**dict.fromkeys(CODES, 0), **ended}, {})
     yield Family.of("jaxinfer_log_lines_dropped_total", "counter", "Lines of the log that nobody took.",
@@ -55,7 +59,7 @@ def families(core: Core | None, ended: Mapping[str, int], *, hangs: bool = False
         return
     info = core.info
     yield Family.of("jaxinfer_model_info", "gauge", "The served model.", 1,
-                    {"model_name": info.name, "family": info.family, "dtype": info.dtype})
+                    {"model_name": model_name(info.name), "family": info.family, "dtype": info.dtype})
     yield from engine_families(core.engine.metrics())
 
 

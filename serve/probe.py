@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ask(address: str, service: str, tls: Tls | bool | None, timeout: float) -> str:
     """The name of the state that `service` is in ("" is the whole server), or why there was no answer in `timeout` s.
 
-    Raises OSError for a file of `tls` that cannot be read.
+    Raises OSError for a file of `tls` that cannot be read, ValueError for one that is no PEM.
     """
     with open_channel(grpc, address, tls, CHANNEL_OPTIONS) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)

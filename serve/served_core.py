@@ -47,8 +47,8 @@ class ServedCore:
         self._suspended = reason
 
     @property
-    def is_suspended(self) -> bool:
-        return self._suspended is not None
+    def takes_calls(self) -> bool:
+        return self._core is not None and self._suspended is None
 
     def refuse_new(self, reason: str) -> None:
         """Takes no more calls; those that run go on."""

@@ -32,6 +32,7 @@ from serve.health import Health
 from serve.malformed import RefuseMalformed
 from serve.metric_families import families
 from serve.metrics_server import MetricsServer
+from serve.model_name import model_name
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.served_core import ServedCore
 from serve.server_config import ServerConfig
@@ -83,7 +84,7 @@ class Server:
         self._watchdog: Watchdog | None = None
         self.engine_hangs = False
         """Whether `stop` has left the engine behind."""
-        self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text)
+        self.metrics = None if config.metrics_port is None else MetricsServer(config, self._metrics_text, self._tls)
         """Where Prometheus asks; None where nobody wanted it."""
 
     @property
@@ -112,14 +113,14 @@ class Server:
         """On a thread of the metrics' server: it copies counts and waits for nobody."""
         core, ended = self._core, self.served.calls.ended.copy()
         more = vllm_families(core) if core is not None and self.config.metrics_compat == "vllm" else ()
-        ours = families(core, ended, hangs=self.served.is_suspended, dropped_lines=self._dropped_lines())
+        ours = families(core, ended, takes_calls=self.served.takes_calls, dropped_lines=self._dropped_lines())
         return text_of((*ours, *more))
 
     async def ready(self, core: Core) -> None:
         """Serves `core` from now on; it must be warm."""
         self._core = core
         if self.tracing is not None:
-            self.tracing.model = core.info.name
+            self.tracing.model = model_name(core.info.name)
         self.served.attach(core)
         self.drafts.attach(core)
         self._watchdog = self._watch(core)

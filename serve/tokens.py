@@ -9,15 +9,12 @@ Only digests are kept, so no token can show in a log, a traceback or a dump of t
 
 import hashlib
 import hmac
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinfer.errors import InvalidConfig
-from serve.changed_files import ChangedFiles
-
-log = logging.getLogger(__name__)
+from serve.last_good import LastGood
 
 CHECK_SECONDS = 1.0
 """Between two looks at the file: how long a token that was taken out of it is still good for."""
@@ -42,29 +39,17 @@ class Tokens:
 
     def __init__(self, path: str | Path, check_seconds: float = CHECK_SECONDS):
         """Raises InvalidConfig."""
-        self._path = Path(path)
-        self._files = ChangedFiles((self._path,), check_seconds)
-        self._known = read_tokens(self._path)
+        file = Path(path)
+        self._known = LastGood("tokens", (file,), lambda: read_tokens(file), check_seconds)
 
     def tenant_of(self, token: str) -> str | None:
         """Whose token it is; None if nobody's. Takes as long for a wrong one, whatever is wrong with it."""
-        self._refresh()
         digest = digest_of(token)
         tenant = None
-        for one in self._known:
+        for one in self._known.get():
             if hmac.compare_digest(one.digest, digest):
                 tenant = one.tenant
         return tenant
-
-    def _refresh(self) -> None:
-        if not self._files.changed():
-            return
-        try:
-            self._known = read_tokens(self._path)
-        except InvalidConfig as error:
-            log.error("the last tokens stay in force: %s", error)
-        else:
-            log.info("read %d tokens from %s", len(self._known), self._path)
 
 
 def digest_of(token: str) -> bytes:

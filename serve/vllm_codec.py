@@ -18,8 +18,9 @@ from jaxinfer.core import Core, Load
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
-from serve.codec import MAX_TOKENS_PER_MESSAGE, likeliest, model_name, weight_of_token
+from serve.codec import MAX_TOKENS_PER_MESSAGE, likeliest, weight_of_token
 from serve.generation import Generation
+from serve.model_name import model_name
 
 SAME_NAMES = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",

@@ -9,6 +9,7 @@ from typing import Any
 from jaxinfer.core import Core
 from serve.exposition import Family
 from serve.metric_families import REASONS
+from serve.model_name import model_name
 
 COUNTERS = (
     ("query_tokens", "prompt_tokens_total", "Prompt tokens of samples that were started, cached ones included."),
@@ -30,7 +31,7 @@ HISTOGRAMS = (
 
 def vllm_families(core: Core) -> Iterator[Family]:
     """Of one engine, which is number 0, as where vLLM runs one."""
-    shown, labels = core.engine.metrics(), {"model_name": core.info.name, "engine": "0"}
+    shown, labels = core.engine.metrics(), {"model_name": model_name(core.info.name), "engine": "0"}
     yield from gauges(shown, labels)
     for key, name, text in COUNTERS:
         yield Family.of(f"vllm:{name}", "counter", text, shown[key], labels)

@@ -1,6 +1,7 @@
 """What a run is asked to do, checked before anything is sent. No grpc here."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ METRICS = ("ttft", "tpot", "itl", "e2el", "client_queue_time", "server_ttft", "s
 """What percentiles are known of."""
 DATASETS = ("random", "custom", "sharegpt")
 REQUESTS_A_CONNECTION = 200
-"""A server lets a connection run 256 calls at once by default; the library would hold back more, unseen."""
+"""More of them share the client's work. Ours lets a connection run 9,216 calls by default, many HTTP/2 servers and
+proxies 256; the library would hold back what is more, unseen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +182,18 @@ class BenchConfig:
         if self.plot is not None and not self.plot.endswith(".svg"):
             raise InvalidConfig("plot", f"is written as SVG; name a file that ends with .svg, got {self.plot!r}")
         for name in ("save_result", "plot"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).parent.is_dir():
-                raise InvalidConfig(name, f"{path}: there is no folder {Path(path).parent}; make it first")
+            if getattr(self, name) is not None:
+                _check_file(name, Path(getattr(self, name)))
+
+
+def _check_file(field: str, path: Path) -> None:
+    """Whether it can be written, which is known now and not behind the run. Raises InvalidConfig."""
+    if path.is_dir():
+        raise InvalidConfig(field, f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise InvalidConfig(field, f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InvalidConfig(field, f"{path} cannot be written by this user; name another file")
 
 
 def _split(text: str) -> list[str]:

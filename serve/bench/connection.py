@@ -30,6 +30,7 @@ ADVICE = {
     "UNIMPLEMENTED": "; it must serve jaxinfer.v1, as jaxinfer serve does",
 }
 """What to do where a server does not answer, by status."""
+ADVICE_WITHOUT_TLS = "; if it has TLS: --tls, or --tls-ca with the file of its authority"
 
 
 class Connections:
@@ -66,8 +67,11 @@ async def connected(config: BenchConfig):
         metadata = bearer(token(config), config.target, encrypted=config.uses_tls or config.insecure)
     except ValueError as error:
         raise InvalidConfig("token_file", str(error)) from None
-    channels = [open_channel(grpc.aio, config.target, tls if config.uses_tls else None, OPTIONS)
-                for _ in range(config.num_connections)]
+    try:
+        channels = [open_channel(grpc.aio, config.target, tls if config.uses_tls else None, OPTIONS)
+                    for _ in range(config.num_connections)]
+    except ValueError as error:
+        raise InvalidConfig("tls_ca" if config.tls_cert is None else "tls_cert", str(error)) from None
     try:
         connections = Connections(channels, metadata)
         info = await asked(config, lambda: connections.stub().GetModelInfo(
@@ -92,6 +96,8 @@ async def asked(config: BenchConfig, call: Callable[[], Awaitable[Any]]) -> Any:
             code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
             if code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
                 advice = ADVICE.get(code.name, "")
+                if code is grpc.StatusCode.UNAVAILABLE and not config.uses_tls:
+                    advice += ADVICE_WITHOUT_TLS
                 raise InvalidConfig("address", f"{config.target} cannot be measured: {code.name}: {details}{advice}"
                                     ) from None  # fmt: skip
             await asyncio.sleep(POLL_SECONDS)

@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
+from serve.changed_files import ChangedFiles
 from serve.client import AsyncClient, Client
 from serve.protos.jaxinfer.v1 import generation_pb2
 from serve.tokens import Tokens, read_tokens
@@ -227,6 +229,35 @@ def test_a_bad_file_leaves_the_last_tokens_in_force(tmp_path: Path, caplog: pyte
     assert tokens.tenant_of(GOOD) == "search" and "cannot read" in caplog.text
     path.write_text(f"assist {OTHER}\n")
     assert tokens.tenant_of(GOOD) is None and tokens.tenant_of(OTHER) == "assist"
+
+
+def test_a_file_that_becomes_readable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture):
+    """Nothing of the file itself need have changed by then: a folder above it may have been opened, say."""
+    path = tmp_path / "tokens"
+    path.write_text(f"search {GOOD}\n")
+    tokens = Tokens(path, check_seconds=0.0)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", denied)
+        path.write_text(f"assist {OTHER}\n")
+        assert [tokens.tenant_of(GOOD) for _ in range(3)] == ["search"] * 3
+    assert caplog.text.count("the last tokens stay in force: token_file: cannot read") == 1
+    assert tokens.tenant_of(GOOD) is None and tokens.tenant_of(OTHER) == "assist"
+
+
+@pytest.mark.parametrize("mend", [lambda path: path.chmod(0o640), lambda path: os.chown(path, -1, os.getgid())])
+def test_other_permissions_are_a_change(tmp_path: Path, mend: Callable[[Path], None]):
+    path = tmp_path / "tokens"
+    path.touch(0o600)
+    files = ChangedFiles((path,))
+    assert not files.changed()
+    time.sleep(0.01)  # the file's clock has ticks
+    mend(path)
+    assert files.changed() and not files.changed()
 
 
 def test_the_file_is_not_looked_at_more_often_than_said(tmp_path: Path):

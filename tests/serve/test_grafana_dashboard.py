@@ -35,7 +35,7 @@ def labels() -> dict[str, set[str]]:
     engine._counted.rounds_by_accepted[1] += 1
     shown = engine.metrics() | {"remote_proposals": {"entered": 1}}
     engine.metrics = lambda: shown
-    text = text_of(families(make_core(engine), {}))
+    text = text_of(families(make_core(engine), {}, takes_calls=True))
     return {one.name: set(one.labels) for family in text_string_to_metric_families(text) for one in family.samples}
 
 

@@ -1,9 +1,12 @@
 """Metrics over a real HTTP connection, after real calls over a real channel."""
 
 import contextlib
+import dataclasses
 import http.client
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Served, eventually, serving
 
 from jaxinfer.errors import InvalidConfig
+from serve import metrics_server
 from serve.client import Client, Envelope, request_message
+from serve.metrics_server import MAX_CONNECTIONS
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 from serve.server import Server, ServerConfig
 
@@ -182,11 +187,90 @@ def test_connections_that_say_nothing_do_not_keep_others_out(measured: Served):
         assert answer_of(measured, "GET", "/metrics") == 200
 
 
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_slow_connections_do_not_keep_others_out(is_secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each says a byte in time, again and again."""
+    monkeypatch.setattr(metrics_server, "TIMEOUT_SECONDS", 0.3)
+    done, issued = threading.Event(), Authority(tmp_path, "own").issue("server")
+    trusting = ssl.create_default_context(cafile=str(issued.ca))
+    settings = {"tls_cert": str(issued.cert), "tls_key": str(issued.key), "metrics_host": ANYWHERE}
+
+    def dribble(connections: list[socket.socket]) -> None:
+        while not done.wait(0.02):
+            for one in tuple(connections):
+                with contextlib.suppress(OSError):
+                    one.sendall(b"x")
+
+    with measuring(**(settings if is_secure else {})) as served, contextlib.ExitStack() as stack:
+        assert served.server.metrics is not None
+        address = "127.0.0.1", served.server.metrics.port
+        slow: list[socket.socket] = []
+        thread = threading.Thread(target=dribble, args=(slow,))
+        thread.start()
+        try:
+            for _ in range(MAX_CONNECTIONS):
+                one = socket.create_connection(address, timeout=5)
+                one = trusting.wrap_socket(one, server_hostname="127.0.0.1") if is_secure else one
+                stack.enter_context(one).sendall(b"GET /metrics?")
+                slow.append(one)
+            eventually(lambda: is_scraped(served, issued.ca))
+        finally:
+            done.set()
+            thread.join()
+
+
+def is_scraped(served: Served, ca: Path) -> bool:
+    assert served.server.metrics is not None
+    url = served.server.metrics.url.replace(ANYWHERE, "127.0.0.1")
+    trusting = ssl.create_default_context(cafile=str(ca)) if url.startswith("https") else None
+    try:
+        with urllib.request.urlopen(url, timeout=5, context=trusting) as answer:  # noqa: S310 (our own address)
+            return b"jaxinfer_ready" in answer.read()
+    except OSError:
+        return False
+
+
+def test_bad_certificate_files_leave_the_last_ones_in_force(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    issued, stranger = Authority(tmp_path, "own").issue("server"), Authority(tmp_path, "new").issue("server")
+    with measuring(tls_cert=str(issued.cert), tls_key=str(issued.key), metrics_host=ANYWHERE) as served:
+        issued.cert.write_text("garbage")
+        assert is_scraped(served, issued.ca)
+        assert caplog.text.count("the last certificates stay in force: tls_cert: ") == 1
+        locked = ("openssl", "ec", "-in", issued.key, "-out", issued.key, "-aes128", "-passout", "pass:secret")
+        subprocess.run(locked, check=True, capture_output=True)
+        shutil.copy(stranger.cert, issued.cert)
+        assert is_scraped(served, issued.ca)
+        assert "the key has a password" in caplog.text
+        issued.replace(stranger)
+        assert is_scraped(served, stranger.ca) and not is_scraped(served, issued.ca)
+
+
 def test_a_server_that_loads_says_so():
     with serving(None, metrics_port=0) as served:
         found = series(served)
     assert value(found, "jaxinfer_ready") == 0
     assert not [name for name, _ in found if name.startswith("jaxinfer_requests")]
+
+
+def test_a_server_that_drains_says_so():
+    with measuring(drain_seconds=5.0) as served:
+        stream = served.client.stream([1, 2], max_tokens=2, temperature=0)
+        eventually(lambda: served.engine.rows)
+        stopping = served.start(served.server.stop())
+        eventually(lambda: value(series(served), "jaxinfer_ready") == 0)
+        assert value(series(served), "jaxinfer_requests_running") == 1
+        for _ in range(2):
+            served.engine.step()
+        assert sum(len(delta.token_ids) for delta in stream) == 2
+        stopping.result(timeout=10)
+
+
+def test_where_the_model_lies_is_not_shown():
+    core = make_core(CountingEngine())
+    core = dataclasses.replace(core, info=dataclasses.replace(core.info, name="/home/somebody/target"))
+    with serving(core, metrics_port=0, metrics_compat="vllm") as served:
+        names = {dict(labels)["model_name"] for _, labels in series(served) if "model_name" in dict(labels)}
+        assert names == {"target"} and "somebody" not in text_of(served)
 
 
 def test_without_a_port_there_are_no_metrics(stepped: Served):

@@ -73,6 +73,21 @@ def test_wrong_usage_is_2(arguments: list[str]):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("words", [["--tls-ca", "TEXT"], ["--tls-cert", "CERT", "--tls-key", "TEXT"]])
+def test_files_that_are_no_pem_are_wrong_usage(words: list[str], tmp_path: Path, repository: Path):
+    """In a process of its own, whose standard error has what gRPC's core says too."""
+    (tmp_path / "TEXT").write_text("no certificate")
+    (tmp_path / "CERT").write_bytes(Authority(tmp_path, "ours").cert.read_bytes())
+    places = [str(tmp_path / word) if word.isupper() else word for word in words]
+    done = subprocess.run([sys.executable, "-m", "serve.probe", "--address", "127.0.0.1:1", *places], cwd=repository,
+                          env={**os.environ, "PYTHONPATH": str(repository)}, timeout=60, check=False,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("python -m serve.probe: error: ") and "TEXT" in last and "PEM" in last
+    assert done.stderr.startswith("usage: ") and ".cc:" not in done.stderr
+
+
 def test_as_a_command_it_is_light(served: Served, repository: Path):
     script = ("import sys\nfrom serve.probe import main\ncode = main(sys.argv[1:])\n"
               "sys.exit(code or 3 * bool({'jax', 'numpy'} & set(sys.modules)))")

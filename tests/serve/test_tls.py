@@ -108,6 +108,22 @@ def test_half_replaced_files_leave_the_last_ones_in_force(served: Served, issued
     assert code_of(served.server.address, Tls(ca=stranger.cert)) is None
 
 
+def test_certificates_that_become_readable_are_read(served: Served, issued: Issued, stranger: Authority,
+                                                    monkeypatch: pytest.MonkeyPatch):
+    other, read = stranger.issue("server"), Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path == issued.key:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", denied)
+        issued.replace(other)
+        assert code_of(served.server.address, issued.trusted()) is None
+    assert code_of(served.server.address, Tls(ca=stranger.cert)) is None
+
+
 def test_new_client_authorities_without_a_restart(issued: Issued, authority: Authority, stranger: Authority,
                                                   tmp_path: Path):
     roots = Path(shutil.copy(authority.cert, tmp_path / "roots.pem"))

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -81,6 +82,14 @@ def ask(served: Served, metadata: Sequence[tuple[str, str]], **options) -> None:
 
 def attributes(span: ReadableSpan) -> dict:
     return dict(span.attributes or {})
+
+
+def test_where_the_model_lies_is_not_told(spans: Spans):
+    core = make_core(CountingEngine())
+    with serving(None) as served:
+        served.server.tracing = spans.tracing
+        served.call(served.server.ready(replace(core, info=replace(core.info, name="/home/somebody/target"))))
+    assert spans.tracing.model == "target"
 
 
 def test_an_answered_request(traced: Served, spans: Spans):

@@ -41,6 +41,7 @@ MISTAKES = [
     ({"metrics_url": "file:///etc/passwd"}, "metrics_url: must begin with http:// or https://"),
     ({"save_detailed": True}, "save_detailed: says what --save-result writes"),
     ({"save_result": "nowhere/x.json"}, "save_result: nowhere/x.json: there is no folder nowhere"),
+    ({"save_result": "/"}, "save_result: / is a folder; name a file in it"),
     ({"plot": "x.png"}, "plot: is written as SVG"),
 ]
 
@@ -50,6 +51,21 @@ def test_mistakes_are_named(fields, message):
     with pytest.raises(InvalidConfig) as error:
         BenchConfig(**fields)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["save_result", "plot"])
+def test_results_that_could_not_be_written_are_refused_before_the_run(name, tmp_path, monkeypatch):
+    old, new = tmp_path / "old.svg", tmp_path / "new.svg"
+    old.write_text("kept")
+    assert BenchConfig(**{name: str(old)}) and BenchConfig(**{name: str(new)})
+    assert old.read_text() == "kept" and not new.exists()
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(InvalidConfig, match=f"^{name}: .*folder.svg is a folder"):
+        BenchConfig(**{name: str(tmp_path / "folder.svg")})
+    for locked, wanted in ((old, old), (tmp_path, new)):
+        monkeypatch.setattr("os.access", lambda path, mode, locked=locked: path != locked)
+        with pytest.raises(InvalidConfig, match=f"^{name}: .* cannot be written by this user"):
+            BenchConfig(**{name: str(wanted)})
 
 
 def test_options_are_the_fields():

@@ -120,17 +120,17 @@ def test_failures_are_counted_by_status(served: Served, bench: Bench, tmp_path: 
 
 def test_refused_requests_are_not_tried_again(counting: Served, bench: Bench):
     """Three have room; the engine goes on only when all others have been refused."""
-    engine, refused, submit = counting.engine, [], counting.engine.submit
+    engine, refused, check_room = counting.engine, [], counting.engine.check_room
 
-    def count(request, consumer):
+    def count(num_samples):
         try:
-            submit(request, consumer)
+            check_room(num_samples)
         except Overloaded:
-            refused.append(request.id)
+            refused.append(num_samples)
             engine.paused = len(refused) < 7
             raise
 
-    engine.submit = count  # type: ignore[method-assign]
+    engine.check_room = count  # type: ignore[method-assign]
     words = ("--num-prompts", "10", "--input-len", "4", "--output-len", "5", "--request-rate", "500")
     code, found, _ = bench(counting, *words)
     assert (code, found["completed"], found["failed_by_status"]) == (0, 3, {"RESOURCE_EXHAUSTED": 7})
@@ -230,6 +230,8 @@ def test_tls_and_a_token(bench: Bench, tmp_path: Path):
         code, _, error = bench(served, *words)
         assert code == 1 and "UNAUTHENTICATED" in error and "--token-file" in error
         assert bench(served, *words, "--token-file", str(tmp_path / "tokens"))[1]["completed"] == 2
+        code, _, error = bench(served, *words[:-2])
+        assert code == 1 and "UNAVAILABLE" in error and "if it has TLS: --tls, or --tls-ca" in error
 
 
 def test_speculation_is_read_from_the_metrics(bench: Bench, monkeypatch):
@@ -266,6 +268,7 @@ def test_metrics_that_cannot_be_read(served: Served, bench: Bench):
     (["--address", "127.0.0.1:1"], "address: 127.0.0.1:1 cannot be measured: UNAVAILABLE"),
     (["--token-file", "EMPTY"], "must begin with a line TOKEN or TENANT TOKEN"),
     (["--tls-ca", "nowhere.pem"], "No such file or directory: 'nowhere.pem'"),
+    (["--tls-ca", "EMPTY"], "EMPTY holds no PEM certificates"),
     (["--input-len", "1m"], "random_input_len: prompts and their outputs"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(served: Served, bench: Bench, words, message, tmp_path: Path):
@@ -274,7 +277,7 @@ def test_what_cannot_work_is_refused_in_one_line(served: Served, bench: Bench, w
     places = [str(tmp_path / word) if word in ("EMPTY", "HUGE") else word for word in words]
     before = served.engine.metrics()["finished"].copy()
     code, found, error = bench(served, *places, "--num-prompts", "1")
-    assert (code, found) == (1, {})
+    assert (code, found) == (2 if {"--request-rate", "--goodput"} & set(words) else 1, {})
     assert message in error and error.startswith("jaxinfer: ") and error.count("\n") == 1
     assert served.engine.metrics()["finished"] == before
 
