@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jaxinfer.core import Core
-from jaxinfer.errors import EngineClosed, TokenizerMissing
+from jaxinfer.errors import EngineClosed, Overloaded, TokenizerMissing
 from jaxinfer.fault_points import fault_point
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, SamplingParams
@@ -73,6 +73,17 @@ class ServedCore:
         if self._suspended is not None:
             raise EngineClosed(self._suspended)
         return self._core, self._bridge
+
+    def is_full(self) -> Overloaded | None:
+        """Why nothing more can wait. What else may be wrong, the calls themselves find out and say."""
+        try:
+            if self._core is not None:
+                self._core.engine.check_room(1)
+        except Overloaded as error:
+            return error
+        except Exception:  # the call will meet it too
+            return None
+        return None
 
     async def request(self, prompt: Any, params: SamplingParams, *, request_id: str | None, priority: int = 0,
                       cache_salt: str = "") -> Request:

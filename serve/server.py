@@ -9,7 +9,6 @@ import logging
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -76,7 +75,7 @@ class Server:
         self.port = 0
         self._health = Health()
         self._tls = tls_of(config)
-        self._server = grpc.aio.server(interceptors=interceptors_of(config, self.served.calls.ended),
+        self._server = grpc.aio.server(interceptors=interceptors_of(config, self.served),
                                        options=config.channel_options())
         self._core: Core | None = None
         self._give_up = give_up
@@ -254,10 +253,12 @@ def observers_of(config: ServerConfig, tracing: "Tracing | None") -> tuple[Obser
     return ((request_log.write,) if config.request_log else ()) + (() if tracing is None else (tracing.record,))
 
 
-def interceptors_of(config: ServerConfig, ended: Counter[str]) -> tuple[grpc.aio.ServerInterceptor, ...]:
-    """What every call of every service passes, outermost first; `ended` counts those refused. Raises InvalidConfig."""
+def interceptors_of(config: ServerConfig, served: ServedCore) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """What every call of every service passes, outermost first. Raises InvalidConfig."""
+    ended = served.calls.ended
     who = () if config.token_file is None else (Authenticate(Tokens(config.token_file), ended),)
-    return *who, LimitCalls(config.max_calls, ended), EndStalled(config.stall_timeout), RefuseMalformed(ended)
+    limit = LimitCalls(config.max_calls, ended, served.is_full)
+    return *who, limit, EndStalled(config.stall_timeout), RefuseMalformed(ended)
 
 
 class Stops:

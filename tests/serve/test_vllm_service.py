@@ -24,9 +24,15 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 # ---- what is said
 
 
-def test_chunks_are_deltas_and_the_end_is_a_complete(peer: Peer):
-    chunks, (complete,) = peer.chunks(max_tokens=9)
-    assert len(chunks) > 2
+def test_chunks_are_deltas_and_the_end_is_a_complete(stepped: Served, slow: Peer):
+    call = slow.start(max_tokens=9)
+    eventually(lambda: len(stepped.engine.rows) == 1)
+    stepped.engine.tokens_per_step, chunks = 3, []
+    for _ in range(3):
+        stepped.engine.step()
+        chunks.append(next(call).chunk)  # read before the next: what waits would be joined
+    (complete,) = (message.complete for message in call)
+    assert [len(chunk.token_ids) for chunk in chunks] == [3, 3, 3]
     assert bytes(id for chunk in chunks for id in chunk.token_ids) == b"cdefghijk"
     assert all(chunk.completion_tokens == len(chunk.token_ids) > 0 for chunk in chunks)
     assert {(one.prompt_tokens, one.cached_tokens) for one in (*chunks, complete)} == {(2, 1)}
