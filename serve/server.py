@@ -162,7 +162,7 @@ class Server:
         if self._core is not None:
             await self._close_core(self._core)
         if self._watchdog is not None:
-            self._watchdog.close()
+            await asyncio.to_thread(self._watchdog.close)
         self.served.close()
         self.drafts.close()
         if self.tracing is not None:

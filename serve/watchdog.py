@@ -78,7 +78,10 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
+        """Waits for a look that is being taken: what it calls may be gone afterwards."""
         self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * LOOK_SECONDS)
 
     def look(self, passed: float) -> None:
         """What the thread does every LOOK_SECONDS."""
@@ -120,7 +123,10 @@ class LoopPulse:
         self._beats = 0
 
     def __call__(self) -> int | None:
-        self._call_soon(self._beat)
+        try:
+            self._call_soon(self._beat)
+        except RuntimeError:  # the loop is closed
+            return None
         return self._beats
 
     def _beat(self) -> None:

@@ -162,5 +162,5 @@ def test_seconds_have_limits_too(name: str, value: Any):
 
 def test_a_wrong_flag_is_one_line_before_a_port_is_taken(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("serve.server.serve", lambda make, config: pytest.fail("it was started"))
-    assert cli.main(["serve", "--max-logprobs", "21"]) == 1
+    assert cli.main(["serve", "--max-logprobs", "21"]) == 2
     assert capsys.readouterr().err == "jaxinfer: max_logprobs: must be an integer in [0, 20], got 21\n"

@@ -1,5 +1,6 @@
 """A hang is told from work: health, new calls and the process follow it, and stacks are in the log."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -114,6 +115,30 @@ def test_it_acts_first_and_does_not_wait_for_a_log_that_is_blocked(monkeypatch: 
         eventually(lambda: happened == ["stuck", "given up", "logged"])  # what came meanwhile does not pile up
     finally:
         watchdog.log.removeHandler(handler)
+
+
+def test_a_loop_that_is_closed_has_nothing_to_do():
+    loop = asyncio.new_event_loop()
+    pulse = LoopPulse(loop.call_soon_threadsafe)
+    assert pulse() == 0
+    loop.close()
+    assert pulse() is None
+
+
+def test_closing_waits_for_a_look_that_is_taken():
+    looking, go_on = threading.Event(), threading.Event()
+
+    def progress() -> int | None:
+        looking.set()
+        go_on.wait(5)
+        return None
+
+    watchdog = Watchdog([Seen().watched(progress)], 0.01)
+    watchdog.start()
+    assert looking.wait(5)
+    threading.Timer(0.1, go_on.set).start()
+    watchdog.close()
+    assert go_on.is_set() and not watchdog._thread.is_alive()
 
 
 @pytest.fixture
