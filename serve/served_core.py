@@ -89,9 +89,7 @@ class ServedCore:
                       cache_salt: str = "") -> Request:
         """A validated request. Raises EngineClosed, InvalidRequest, TokenizerMissing or Overloaded."""
         fault_point("receive", request_id or "")
-        core, _ = self.serving()
-        core.engine.check_room(1)  # a flood is refused before it has cost anything; `submit` counts exactly
-        make = functools.partial(core.intake.request, prompt, params, request_id=request_id,
+        make = functools.partial(self.serving()[0].intake.request, prompt, params, request_id=request_id,
                                  priority=priority, cache_salt=cache_salt)
         if params.structured_outputs is not None:
             return await asyncio.get_running_loop().run_in_executor(self._grammar_threads, make)
