@@ -108,6 +108,8 @@ class DraftLengths:
         chance = self._all.chance(PRIOR, PRIOR_WEIGHT)
         saved = {form: self._saved(seconds_of(self._seconds[form], len(rows)), chance)
                  for form in {seq.form for seq in unseen}}  # fmt: skip
+        if not any(saved.values()):
+            return []
         return [seq for seq in unseen
                 if saved[seq.form] * num_drafting(seq) / len(rows) > self._catching_up(len(seq.tokens))]
 

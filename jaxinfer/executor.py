@@ -277,7 +277,9 @@ class Executor:
         full = step.plan.kind is StepKind.PREFILL or step.plan.constrained
         form = SamplerForm.FULL if full else step.plan.sampler
         round_counts, made_counts = [], []
-        if array.ndim == 4:  # one token more a round, and so on: as if they were rounds
+        if array.ndim == 4 and not step.plan.num_drafted:
+            array = array[:, :, 0]
+        elif array.ndim == 4:  # one token more a round, and so on: as if they were rounds
             round_counts, made_counts = counts_of_rounds(array[:, :len(step.plan.slots), :, 0])
             array = array.swapaxes(1, 2).reshape(-1, array.shape[1], array.shape[3])
         table = array.reshape(-1, array.shape[-2], result_width(form))[:, :len(step.plan.slots)]

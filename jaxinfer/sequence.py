@@ -25,14 +25,15 @@ class Sequence:
     Where it reaches `end`, all max_tokens are certainly sampled and nothing more is planned.
 
     With speculation a round brings one token or several. `flights` holds, for each step in flight that samples, the
-    fewest and the most tokens it brings; `planned` is the upper bound of all of them, `certain` the lower one.
+    fewest and the most tokens it brings; `planned` is the upper bound of all of them, `certain` the lower one (of a row
+    that does not stop).
     """
 
     __slots__ = (  # noqa: RUF023 (grouped by what they tell)
         "request", "request_id", "sample_index", "key", "num_prompt", "end", "stop_ids",  # what was asked for
         "form", "full_below", "num_logprobs", "num_prompt_logprobs",
         "tokens", "scores", "finished", "stats",  # what is known
-        "slot", "pages", "capacity", "planned", "decoding", "flights",  # what the running row has
+        "slot", "pages", "capacity", "planned", "certain", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
         "num_drafted", "watched", "lapsed", "acceptance", "making",  # of a row that speculates
         "matcher",  # its place in its grammar, behind the known tokens; None without one
@@ -72,6 +73,7 @@ class Sequence:
         self.pages: list[int] = []
         self.capacity = 0
         self.planned = 0
+        self.certain = 0  # set for decode rows that speculate
         self.decoding = False
         self.flights: list[tuple[int, int]] = []
         self.num_drafted = 0  # proposals a round in the next step
@@ -86,11 +88,6 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Known tokens that no step computes yet."""
         return 0 if self.decoding else len(self.tokens) - self.planned
-
-    @property
-    def certain(self) -> int:
-        """Of a decode row that speculates: tokens that the planned steps compute at least, unless it stops."""
-        return min(len(self.tokens) - 1 + sum(fewest for fewest, _ in self.flights), self.end)
 
     @property
     def num_in_flight(self) -> int:
@@ -108,7 +105,13 @@ class Sequence:
         self._bound()
 
     def _bound(self) -> None:
-        self.planned = min(len(self.tokens) - 1 + sum(most for _, most in self.flights), self.end)
+        certain = planned = len(self.tokens) - 1
+        for fewest, most in self.flights:
+            certain += fewest
+            planned += most
+        end = self.end  # no calls of min(): this runs twice a step for each row
+        self.certain = certain if certain < end else end
+        self.planned = planned if planned < end else end
 
     def hold(self, slot: int, pages: list[int], num_computed: int, page_size: int) -> None:
         """The row runs: it has a slot and pages, and `num_computed` tokens came with them."""

@@ -301,7 +301,7 @@ class StepResult:
     tokens: per row, the sampled ids (at most one a round, and the kept proposals; fewer when the row stopped).
     logprobs: per row a TokenLogprobs for each sampled id, when the FULL sampler ran.
     prompt_logprobs: per row, a TokenLogprobs for each computed prompt position's *next* token.
-    round_counts: per row, its tokens in each round that it took part in; [] where no round brings more than one.
+    round_counts: per row, its tokens in each round that it took part in; empty where none could bring more than one.
     made_counts: per row, the proposals made for it in each of those rounds.
     broken: rows that computed NaN or infinity; their tokens, if any, are from before it.
     """
