@@ -80,7 +80,7 @@ aot: $(AOT)/tpu/libtpu $(AOT)/cuda/jax_plugins ## every kernel, and whole steps 
 test: $(STAMP) ## the whole test suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-soak: $(STAMP) ## the soak loops behind serve/FAULTS.md with their full counts, about an hour (ARGS='-k flood')
+soak: $(STAMP) ## the soak loops behind serve/FAULTS.md with their full counts, about two hours (ARGS='-k flood')
 	$(PY) -m pytest tests/soak --soak -s -v $(ARGS)
 
 # The same package with the pins of jax lifted: tells early when the next minor version breaks us.

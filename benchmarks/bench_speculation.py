@@ -47,8 +47,9 @@ PREFIX = 200
 @dataclass(frozen=True, slots=True)
 class Size:
     """rows, rounds: of the shipped pair, and pairs of runs for each. output: tokens a row. drafted: most proposals.
-    forced: chances and numbers of proposals; forced_rounds: pairs of runs for each. copies, own_text: of prompt lookup.
-    heads: pairs of runs with them. step_tokens: most tokens of a step; fewer are fewer programs.
+    forced: chances and numbers of proposals; forced_rounds, forced_output: pairs of runs for each, and their tokens,
+    many, as prefill is not what proposals speed up. copies, own_text: of prompt lookup. heads: pairs of runs with
+    them. step_tokens: most tokens of a step; fewer are fewer programs.
     """
 
     target: str
@@ -58,15 +59,16 @@ class Size:
     drafted: int
     forced: tuple[tuple[float, int], ...]
     forced_rounds: int
+    forced_output: int
     copies: int
     own_text: int
     heads: int
     step_tokens: int
 
 
-FULL = Size("demo", (1, 4, 16, 64), (21, 21, 21, 21), 128, 4,
-            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 7, 9, 21, 21, 256)  # fmt: skip
-QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 1, 0, 0, 8)  # equal engines compile once
+FULL = Size("demo", (1, 4, 16, 64), (81, 81, 41, 41), 128, 4,
+            tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 15, 320, 9, 21, 21, 256)  # fmt: skip
+QUICK = Size("demo-draft", (1,), (1,), 16, 2, ((0.6, 2),), 1, 16, 1, 0, 0, 8)  # equal engines compile once
 
 
 def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = "draft_model") -> LLM:
@@ -155,7 +157,7 @@ def forced(chance: float, num_drafted: int) -> Iterator[list[Executor]]:
 
 def efficiency(size: Size, plain: Side, chance: float, num_drafted: int) -> list[Result]:
     with forced(chance, num_drafted) as executors, new_llm(size, 1, num_drafted) as llm:
-        side = Side(llm, size.output)
+        side = Side(llm, size.forced_output)
 
         def round_over_plain() -> float:  # between answers nothing runs, and no row is lost
             seconds: RoundSeconds = seconds_of(executors[0].measure_rounds()[SamplerForm.GREEDY], 1)
@@ -255,7 +257,7 @@ def main() -> int:
     size = QUICK if is_quick(__doc__) else FULL
     results = shipped(size)
     with new_llm(size, 1) as llm:
-        plain = Side(llm, size.output)
+        plain = Side(llm, size.forced_output)
         results += copying(size, llm) + own_text(size, llm) + heads(size, llm)
         for chance, num_drafted in size.forced:
             results += efficiency(size, plain, chance, num_drafted)

@@ -29,10 +29,13 @@ def random_prompt(length: int, rng: random.Random) -> list[int]:
 
 
 def interleaved(rounds: int, contenders: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each contender measured in each round. The last round's numbers stand on stderr while it runs."""
+    """What each contender measured in each round, in turns from the first to the last and from the last to the first.
+    The last round's numbers stand on stderr while it runs.
+    """
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(1, rounds + 1):
-        for name, measure in contenders.items():
+        turn = list(contenders.items())
+        for name, measure in turn if number % 2 else reversed(turn):
             found[name].append(measure())
         latest = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
         print(f"round {number} of {rounds}: {latest}", file=sys.stderr, flush=True)

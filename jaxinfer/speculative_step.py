@@ -71,29 +71,27 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
     page_indices = rows.page_table.at[fields.slots].get(mode="clip")
     shape = (layout.max_rounds, layout.num_rows, layout.num_drafted + 1, result_width(form))
 
-    def one_round(state):
-        return speculate_round(pair, form, params, state, fields, page_indices)
-
-    return steps.fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
-
-
-def speculate_round(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, fields: SpeculateFields,
-                    page_indices: jax.Array) -> tuple[DeviceState, jax.Array]:
-    """A round that drafts, or where there are no proposals a plain one of the target."""
-    wanted = wanted_of(state.rows, fields)
-
     def plain(state):
         return plain_round(pair, form, params, state, fields, page_indices)
 
     def drafting(state):
-        return verifying_round(pair, form, params, *propose(pair, form, params, state, wanted), wanted)
+        wanted = wanted_of(state.rows, fields)
+        state, drafted = propose(pair, form, params, state, wanted)
+        if not pair.drafter.may_decline:
+            return verifying_round(pair, form, params, state, drafted, wanted)
+        return jax.lax.cond(
+            jnp.any(drafted.count > 0),
+            lambda state: verifying_round(pair, form, params, state, drafted, wanted), plain, state)  # fmt: skip
 
-    if not pair.drafter.may_decline:
-        return jax.lax.cond(jnp.any(wanted.count > 0), drafting, plain, state)
-    state, drafted = propose(pair, form, params, state, wanted)
-    return jax.lax.cond(
-        jnp.any(drafted.count > 0),
-        lambda state: verifying_round(pair, form, params, state, drafted, wanted), plain, state)  # fmt: skip
+    def any_wanted(state):
+        return jnp.any(wanted_of(state.rows, fields).count > 0)
+
+    rounds = steps.no_rounds(DeviceState(state.kv_pages, rows), shape)
+    if pair.drafter.may_decline:
+        rounds = steps.run_rounds(rounds, drafting, fields)
+    else:  # a row that wants no proposals wants none later in the step; a cond in each round took 2 % of plain ones
+        rounds = steps.run_rounds(steps.run_rounds(rounds, drafting, fields, any_wanted), plain, fields)
+    return rounds.state, rounds.results
 
 
 def propose(pair: DraftPair, form: SamplerForm, params: Pair, state: DeviceState, wanted: Wanted

@@ -176,23 +176,35 @@ def decode_step(model: Model, layout: DecodeLayout, form: SamplerForm, params: A
     def one_round(state):
         return decode_round(model, form, params, state, fields, page_indices)[:2]
 
-    return fused_rounds(one_round, DeviceState(state.kv_pages, rows), fields, shape)
-
-
-def fused_rounds(one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array]], state: DeviceState, fields: Any,
-                 shape: tuple[int, ...]) -> tuple[DeviceState, jax.Array]:
-    """Rounds until `fields.num_rounds` or until every row has stopped; results i32[shape], -1 where none ran."""
-    def going(carry):
-        round_, state, _ = carry
-        return (round_ < fields.num_rounds) & jnp.any(row_state.alive(state.rows, fields.slots, fields.present))
-
-    def next_round(carry):
-        round_, state, results = carry
-        state, result = one_round(state)
-        return round_ + 1, state, results.at[round_].set(result)
-
-    _, state, results = jax.lax.while_loop(going, next_round, (jnp.int32(0), state, jnp.full(shape, -1, jnp.int32)))
+    _, state, results = run_rounds(no_rounds(DeviceState(state.kv_pages, rows), shape), one_round, fields)
     return state, results
+
+
+class Rounds(NamedTuple):
+    """How many rounds of a step have run, the state behind them, and their results, -1 where none ran."""
+
+    count: jax.Array
+    state: DeviceState
+    results: jax.Array
+
+
+def no_rounds(state: DeviceState, shape: tuple[int, ...]) -> Rounds:
+    """Before the first. shape: of the results, the most rounds first."""
+    return Rounds(jnp.int32(0), state, jnp.full(shape, -1, jnp.int32))
+
+
+def run_rounds(rounds: Rounds, one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array]], fields: Any,
+               is_wanted: Callable[[DeviceState], jax.Array | bool] = lambda state: True) -> Rounds:
+    """Further rounds until `fields.num_rounds`, until every row has stopped, or while one more `is_wanted` bool[]."""
+    def going(rounds: Rounds) -> jax.Array:
+        alive = row_state.alive(rounds.state.rows, fields.slots, fields.present)
+        return (rounds.count < fields.num_rounds) & jnp.any(alive) & is_wanted(rounds.state)
+
+    def next_round(rounds: Rounds) -> Rounds:
+        state, result = one_round(rounds.state)
+        return Rounds(rounds.count + 1, state, rounds.results.at[rounds.count].set(result))
+
+    return jax.lax.while_loop(going, next_round, rounds)
 
 
 def decode_round(model, form, params, state: DeviceState, fields, page_indices):

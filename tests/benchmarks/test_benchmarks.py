@@ -73,6 +73,6 @@ def test_lengths_have_the_same_mix_in_loads_of_any_size():
 def test_contenders_take_turns():
     calls = []
     found = interleaved(2, {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"})
-    assert calls == ["a", "b", "a", "b"]
-    assert found == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
-    assert median_ratio(found["b"], found["a"]) == pytest.approx((2 + 4 / 3) / 2)
+    assert calls == ["a", "b", "b", "a"]
+    assert found == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
+    assert median_ratio(found["b"], found["a"]) == pytest.approx((2 + 3 / 4) / 2)

@@ -55,7 +55,7 @@ def test_disconnects(demo: ServerProcess, canary: Canary, beside, count, is_full
 
 def test_mixed_load(demo: ServerProcess, canary: Canary, beside, count, is_full: bool, figures: Figures):
     """A while of everything: no status that nobody asked for, nothing compiled, memory stays."""
-    seconds = count(6, 600)
+    seconds = count(6, 3600)
     with canary.beside() as paced, memory_of(demo) as samples:
         answers = beside.submit(mixed_load.mix, demo.address, 4, seconds, is_full).result()
     wait_idle(demo)
