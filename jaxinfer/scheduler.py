@@ -310,7 +310,7 @@ class Scheduler:
     # ---- commit
 
     def commit(self, plan: StepPlan, result: StepResult, now: float, chunks: Chunks | None = None) -> Chunks:
-        """Takes in what a step sampled, ends rows, adds the new tokens to `chunks`. Void for plans before a requeue."""
+        """Takes in what a step sampled, ends rows, fills `chunks`, an empty list. Void for plans before a requeue."""
         chunks = [] if chunks is None else chunks
         if plan.step_id not in self._in_flight:
             return chunks
@@ -322,7 +322,7 @@ class Scheduler:
             take_in_chunks(plan, result, rows, self._sharing)
         if self._drafts:
             self.metrics.record_drafts(self._drafts.learn(rows, plan, result))
-        logprobs, num_tokens = result.logprobs, 0
+        logprobs, num_tokens = result.logprobs, sum(len(chunk.token_ids) for chunk in chunks)
         for row, (seq, ids, samples) in enumerate(zip(rows, result.tokens, plan.samples, strict=True)):
             if seq.finished or not samples:
                 continue

@@ -194,3 +194,15 @@ def test_metrics_count_failures_and_preemptions():
     harness.step()
     harness.scheduler._preempt(harness.scheduler._running[0])
     assert (harness.scheduler.metrics.failed_steps, harness.scheduler.metrics.preemptions) == (1, 1)
+
+
+def test_tokens_before_a_row_broke_are_counted():
+    harness = Harness(make_config(max_decode_rounds=4))
+    for start in (1, 7):
+        harness.make(prompt=(start, start + 1), max_tokens=9)
+    harness.step()
+    plan = harness.scheduler.plan()
+    counted = harness.scheduler.metrics.generated_tokens
+    chunks = harness.scheduler.commit(plan, StepResult([[4, 5], [10, 11, 12, 13]], broken=[0]), 0.0)
+    assert [(chunk.token_ids, chunk.finish_reason) for chunk in chunks] == [([4, 5], "error"), ([10, 11, 12, 13], None)]
+    assert harness.scheduler.metrics.generated_tokens - counted == 6
