@@ -7,7 +7,7 @@ proposal, and in those a row's proposals count as often as it had some. No jax h
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,18 +100,32 @@ class DraftLengths:
         self._unseen = 0 if watched else self._unseen + 1
         return watched
 
-    def late(self, rows: list[Sequence]) -> list[Sequence]:
-        """Of decode rows those that the drafter has not seen, and should see by now: fewer rows are left."""
-        unseen = [seq for seq in rows if not seq.watched]
-        if not unseen or self._seconds is None:
+    def late(self, rows: list[Sequence], rounds: int) -> list[Sequence]:
+        """Of decode rows those that the drafter is behind with and should catch up with now: drafting has come to pay,
+        or one, if it is time to try. rounds: of a step that would draft.
+        """
+        behind = [seq for seq in rows if not self._follows(seq)]
+        if not behind or self._seconds is None or self._catch_up is None:
             return []
-        chance = self._all.chance(PRIOR, PRIOR_WEIGHT)
-        saved = {form: self._saved(seconds_of(self._seconds[form], len(rows)), chance)
-                 for form in {seq.form for seq in unseen}}  # fmt: skip
-        if not any(saved.values()):
+        seconds = seconds_of(self._seconds[max(seq.form for seq in rows)], len(rows))
+        cost = self._costs(seconds)
+        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
+        if not best_of_all:
             return []
-        return [seq for seq in unseen
-                if saved[seq.form] * num_drafting(seq) / len(rows) > self._catching_up(len(seq.tokens))]
+        saved = self._saved(seconds, self._all.chance(PRIOR, PRIOR_WEIGHT)) / len(rows)
+        late = [seq for seq, chance in zip(behind, self._chances(behind), strict=True)
+                if worth_making(chance, self.most) and saved * num_drafting(seq) > self._catching_up(num_behind(seq))]
+        if late and self._length(cost, [seq for seq in rows if self._follows(seq) or seq in late], len(rows)):
+            return late
+        if len(behind) < len(rows):  # those that the drafter follows tell what acceptance is now
+            return []
+        row = min(behind, key=num_behind)
+        spent = PROBE_STEPS * rounds * (cost[best_of_all] - 1) + self._catching_up(num_behind(row)) / seconds.plain
+        return [row] if num_drafting(row) and self._plain_rounds * PROBE_SHARE >= spent else []
+
+    def _follows(self, seq: Sequence) -> bool:
+        """Whether the drafter has all of the row that it needs."""
+        return seq.watched and (seq.seen is None or self._catch_up is None)
 
     def _saved(self, seconds: RoundSeconds, chance: float) -> float:
         """Seconds of a plain round that drafting spares; 0 where it does not pay."""
@@ -132,29 +146,35 @@ class DraftLengths:
         chunk = self._catch_up or CatchUp(1, 0.0)
         return seq.num_uncomputed / chunk.tokens * chunk.seconds
 
-    def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm) -> None:
-        """For a step of so many rounds with this sampler."""
+    def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm, ready: Collection[Sequence] = ()) -> None:
+        """For a step of so many rounds with this sampler. ready: rows that the drafter will have caught up with."""
         if self._seconds is None:
             for seq in rows:
                 seq.num_drafted = self.most
             return
         for seq in rows:
             seq.num_drafted = 0
-        watched = [seq for seq in rows if seq.watched]
-        if not watched:
+        followed = [seq for seq in rows if self._follows(seq) or seq in ready]
+        if not followed:
             return
         cost = self._costs(seconds_of(self._seconds[form], len(rows)))
         best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:  # whatever is kept
             return
-        others = [0.0] * (len(rows) - len(watched))
-        overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
-        chances = [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in watched]
-        length = best_length(cost, chances + others, self._shares(watched) + others)
+        length, chances = self._length(cost, followed, len(rows)), self._chances(followed)
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
-            length, chances = best_of_all, [1.0] * len(watched)
-        for seq, chance in zip(watched, chances, strict=True):
+            length, chances = best_of_all, [1.0] * len(followed)
+        for seq, chance in zip(followed, chances, strict=True):
             seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
+
+    def _chances(self, rows: list[Sequence]) -> list[float]:
+        overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
+        return [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in rows]
+
+    def _length(self, cost: list[float], followed: list[Sequence], num_rows: int) -> int:
+        """Proposals that are best for a step of so many rows, of which the drafter follows some."""
+        others = [0.0] * (num_rows - len(followed))
+        return best_length(cost, self._chances(followed) + others, self._shares(followed) + others)
 
     def _shares(self, rows: list[Sequence]) -> list[float]:
         """Of the rounds in which any of the rows has proposals, those in which each has."""
@@ -229,6 +249,11 @@ def best_length(cost: list[float], chances: list[float], shares: list[float]) ->
 def left_of(seq: Sequence) -> int:
     """Tokens that the row may still say."""
     return seq.end + 1 - len(seq.tokens)
+
+
+def num_behind(seq: Sequence) -> int:
+    """Tokens that the drafter has to compute before it may propose for a row that it does not follow."""
+    return len(seq.tokens) - (seq.seen or 0)
 
 
 def num_drafting(seq: Sequence) -> int:

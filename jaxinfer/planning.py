@@ -75,8 +75,10 @@ def advance_speculating(plan: Planning, rounds: int, drafts: bool) -> tuple[list
     starts = [seq.planned for seq in rows]
     sampler = sampler_of(rows)
     for seq in rows:
+        sees = watched and (seq.num_drafted > 0 or not drafts)  # beside rows that draft, rounds may end up plain
+        if not sees and seq.watched and seq.seen is None:
+            seq.seen = max(seq.certain - 1, 0)  # a draft model may lack the last
         seq.take_off(rounds, rounds * (1 + seq.num_drafted * drafts))
-        seq.lapsed = seq.lapsed or not watched
     return slots, starts, sampler
 
 
@@ -95,11 +97,7 @@ def to_decode(running: list[Sequence], *, speculating: bool) -> list[Sequence]:
 
 def choose_lengths(plan: Planning, rows: list[Sequence], ready: Collection[Sequence], drafts: DraftLengths) -> None:
     """How much is drafted for each row. ready: those that the drafter will have seen by then."""
-    for seq in ready:
-        seq.watched = True
-    drafts.choose(rows, plan.rounds, sampler_of(rows))
-    for seq in ready:  # until it is sure that they run
-        seq.watched = False
+    drafts.choose(rows, plan.rounds, sampler_of(rows), ready)
     plan.drafts = any(seq.num_drafted for seq in rows)
 
 
@@ -138,9 +136,10 @@ def ready_of(late: list[Sequence], budget: int) -> set[Sequence]:
 def catch_up(plan: Planning, seq: Sequence, count: int, pool: PagePool) -> None:
     """Has the drafter told of the row's first `count` tokens, if it is to draft for the row."""
     if seq.watched and count:
-        plan.caught_up.append(CaughtUp(seq.slot, num_watched(seq, pool), tuple(seq.tokens[:count]), tuple(seq.pages)))
+        first = max(num_watched(seq, pool), seq.seen or 0)
+        plan.caught_up.append(CaughtUp(seq.slot, first, tuple(seq.tokens[:count]), tuple(seq.pages)))
         pool.watch(seq.pages[:seq.registered])
-        seq.lapsed = False
+        seq.seen = None
 
 
 def decode_plan(plan: Planning, step_id: int, decodes: tuple[list[int], list[int], SamplerForm], *, constrained: bool

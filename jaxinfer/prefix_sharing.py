@@ -51,7 +51,7 @@ class PrefixSharing:
         hashes = self._hashes(seq)
         for index in range(seq.registered, full):
             digest = hashes[index]
-            self._pool.register(seq.pages[index], digest, watched=seq.watched and not seq.lapsed)
+            self._pool.register(seq.pages[index], digest, watched=seq.watched and seq.seen is None)
             if self._computing.get(digest) is seq:
                 del self._computing[digest]
         seq.registered = full

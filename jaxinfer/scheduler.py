@@ -171,7 +171,7 @@ class Scheduler:
         if not rows:
             return
         drafts = None if self._num_prefilling else self._drafts
-        late = drafts.late(rows) if drafts else []
+        late = drafts.late(rows, self.config.max_decode_rounds) if drafts else []
         ready = ready_of(late, plan.budget)
         busy = self._waiting or self._num_prefilling or self._num_constrained or len(ready) < len(late)
         if not (plan.single or busy):

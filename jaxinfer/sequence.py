@@ -35,7 +35,7 @@ class Sequence:
         "tokens", "scores", "finished", "stats",  # what is known
         "slot", "pages", "capacity", "planned", "certain", "decoding", "flights",  # what the running row has
         "hashes", "registered", "register_at", "awaited",  # its blocks in the prefix cache
-        "num_drafted", "watched", "lapsed", "acceptance", "making",  # of a row that speculates
+        "num_drafted", "watched", "seen", "acceptance", "making",  # of a row that speculates
         "matcher",  # its place in its grammar, behind the known tokens; None without one
         "quiet_until",  # known tokens up to which new ones need no bookkeeping; 0 until the row has sampled
     )
@@ -77,7 +77,8 @@ class Sequence:
         self.decoding = False
         self.flights: list[tuple[int, int]] = []
         self.num_drafted = 0  # proposals a round in the next step
-        self.lapsed = False  # a watched row has had steps that its drafter did not see
+        # Of a watched row that has had steps which its drafter did not see: the first tokens, which it did see.
+        self.seen: int | None = None
         self.registered = 0
         self.register_at = 0
         self.quiet_until = 0

@@ -64,7 +64,7 @@ def speculate_step(pair: DraftPair, layout: SpeculateLayout, form: SamplerForm, 
     """Up to `layout.max_rounds` rounds of R rows, ended early when every row has stopped.
 
     inputs: i32[layout.size]. Returns the state and the results i32[max_rounds, R, X + 1, result_width(form)], -1 where
-    a row has no token.
+    a row has no token, REFUSED where it had a proposal, NOT_FINITE where it broke.
     """
     fields = layout.unpack(inputs)
     rows = row_state.append_pages(state.rows, fields.new_pages)

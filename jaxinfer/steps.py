@@ -195,7 +195,7 @@ def no_rounds(state: DeviceState, shape: tuple[int, ...]) -> Rounds:
 
 def run_rounds(rounds: Rounds, one_round: Callable[[DeviceState], tuple[DeviceState, jax.Array]], fields: Any,
                is_wanted: Callable[[DeviceState], jax.Array | bool] = lambda state: True) -> Rounds:
-    """Further rounds until `fields.num_rounds`, until every row has stopped, or while one more `is_wanted` bool[]."""
+    """Further rounds until `fields.num_rounds` or until every row has stopped, and only while `is_wanted` bool[]."""
     def going(rounds: Rounds) -> jax.Array:
         alive = row_state.alive(rounds.state.rows, fields.slots, fields.present)
         return (rounds.count < fields.num_rounds) & jnp.any(alive) & is_wanted(rounds.state)

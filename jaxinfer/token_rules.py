@@ -38,7 +38,7 @@ def rules_of(params: SamplingParams, stop_ids: tuple[int, ...], vocab_size: int,
 def spellings(word: str, encode: Encode) -> list[tuple[int, ...]]:
     """A bad word's tokens at the beginning of a text and behind a space, where that is another first token.
 
-    Other ways to cut the same text into tokens are not found: a model hardly ever takes them.
+    Other ways to cut the same text into tokens are not found, nor are longer tokens that contain it.
     """
     plain = word.strip()
     bare, spaced = tuple(encode(plain)), tuple(encode(" " + plain))

@@ -25,6 +25,10 @@ MAX_CAUSE_CHARS = 200
 MAX_HELD_TOKENS = 8
 """Tokens an unusual byte decoder may hold back; a character of UTF-8 is at most 4 bytes."""
 REPLACEMENT = "\ufffd"
+ALONE = 1024
+"""Characters, or ids, up to which the library's calls for one are used: they hold the interpreter's lock, 6 s for 4 MB
+of text. Its calls for many let go of it, and cost some microseconds more.
+"""
 
 # Canonical composition: NFD grows text up to 3 times (Unicode annex 15), so NFC may shrink it 3 times, and
 # single characters may shrink from 3 bytes to 1 (KELVIN SIGN to K).
@@ -95,7 +99,7 @@ class Tokenizer:
         """
         check_text("prompt", text)
         with _typed(_bad_request("the tokenizer failed on this text; change it")):
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            encoding = self._encoding(text, add_special_tokens)
             ids = encoding.ids
             if add_special_tokens and self._add_bos is not None and self.bos_id is not None:
                 return self._with_bos(ids, encoding.special_tokens_mask)
@@ -104,7 +108,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids out of the vocabulary nothing."""
         with _typed(_bad_request("the tokenizer failed on these ids")):
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            ids = list(ids)
+            if len(ids) > ALONE:
+                return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> "tokenizers.Encoding":
+        if len(text) > ALONE:
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def incremental(self, skip_special_tokens: bool = True) -> "BytesDecoder | WindowDecoder":
         """A fresh decoder for one growing sequence; its pieces concatenate to `decode` of all ids."""

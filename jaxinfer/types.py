@@ -52,7 +52,8 @@ class SamplingParams:
     presence_penalty, frequency_penalty: taken from the logit of a token once it was said, and for each time it was.
     repetition_penalty: what logits of tokens in prompt or output are divided by (negative ones multiplied); 1 is off.
     logit_bias: added to logits, by token id. allowed_token_ids: nothing else is said. banned_token_ids, bad_words: ids
-    and texts that are not (a text as it is usually cut into tokens, at the beginning and within a line).
+    and texts that are not (a text as it is usually cut into tokens, at the beginning and within a line; it may still be
+    said by other tokens, longer ones that contain it among them).
     structured_outputs: what the text must look like.
     """
 

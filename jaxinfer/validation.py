@@ -79,20 +79,18 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
 
 def checked_prompt(prompt: Any, limits: Limits) -> tuple[int, ...]:
     """The prompt as plain ints. Takes a list, a tuple or a one-dimensional integer array."""
-    ids = _known_ids("prompt", prompt, limits.vocab_size)
-    if len(ids) >= limits.max_tokens:
-        raise InvalidRequest("prompt", f"has {len(ids)} tokens; with at least one token of output the limit is "
+    if (count := _count_of(prompt)) >= limits.max_tokens:
+        raise InvalidRequest("prompt", f"has {count} tokens; with at least one token of output the limit is "
                              f"{limits.max_tokens - 1} ({_length_rule(limits)}); shorten the prompt")
-    return ids
+    return _known_ids("prompt", prompt, limits.vocab_size)
 
 
 def checked_scored(token_ids: Any, limits: Limits) -> tuple[int, ...]:
     """Tokens to compute logits for, as plain ints: nothing is generated, so they may fill the whole length."""
-    ids = _known_ids("token_ids", token_ids, limits.vocab_size)
-    if len(ids) > limits.max_tokens:
-        raise InvalidRequest("token_ids", f"has {len(ids)} tokens; the limit is {limits.max_tokens} "
+    if (count := _count_of(token_ids)) > limits.max_tokens:
+        raise InvalidRequest("token_ids", f"has {count} tokens; the limit is {limits.max_tokens} "
                              f"({_length_rule(limits)}); give fewer")
-    return ids
+    return _known_ids("token_ids", token_ids, limits.vocab_size)
 
 
 def room_for_output(num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> int:
@@ -254,6 +252,7 @@ def _checked_texts(field: str, value: Any, most: int, max_bytes: int) -> tuple[s
 def _check_stop_ids(params: SamplingParams, limits: Limits) -> None:
     if params.stop_token_ids is None:
         return
+    _check_count("stop_token_ids", params.stop_token_ids, MAX_STOP_IDS, "give each id once")
     ids = _plain_ids("stop_token_ids", params.stop_token_ids)
     _check_id_range("stop_token_ids", ids, limits.vocab_size)
     count = len(stop_ids(params, limits))
@@ -292,11 +291,15 @@ def _check_logit_bias(params: SamplingParams, limits: Limits) -> None:
 
 def _check_count(field: str, value: Any, most: int, hint: str) -> None:
     """Before each is looked at: a long list of repeats would take a while."""
-    count = 0
-    with contextlib.suppress(Exception):  # no list at all: what comes next refuses it
-        count = len(value)
-    if count > most:
+    if (count := _count_of(value)) > most:
         raise InvalidRequest(field, f"has {count} ids; the limit is {most}; {hint}")
+
+
+def _count_of(value: Any) -> int:
+    """0 for what is no list at all: what comes next refuses it."""
+    with contextlib.suppress(Exception):
+        return len(value)
+    return 0
 
 
 def _check_bad_words(params: SamplingParams, limits: Limits) -> None:

@@ -21,6 +21,11 @@ Consume = Callable[[TokenChunk], bool]
 """Takes a chunk when it arrives and tells whether the reader should look. It must bound what it keeps."""
 
 
+def ignored(chunk: TokenChunk) -> bool:
+    """Consumes what comes behind the end."""
+    return False
+
+
 class Stream:
     """One request on its way through the engine, as an async context manager.
 
@@ -104,6 +109,7 @@ class Stream:
 
     def _end(self, error: BaseException | None) -> None:
         self._running.clear()
+        self._consume = ignored  # consumers refer to their stream: a circle that only the garbage collector would end
         self._error = error
         self._bridge.forget(self)
         self._wake()

@@ -1,10 +1,11 @@
 """Protobuf messages to the core's types and back; the only place that knows both."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
+from jaxinfer.chat_template import MAX_MESSAGES
 from jaxinfer.core import Load, ModelInfo
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, Logprob, PositionLogprobs
@@ -26,6 +27,10 @@ FINISH_REASONS: Mapping[str, pb.FinishReason] = {
 }
 
 SCALARS = (bool, int, float, str)
+MOST_ENTRIES = 2**20
+"""Of a list of a request. It bounds what is copied on the event loop; what may be in a list is the validator's to say,
+and is less.
+"""
 
 PromptMessage = pb.GenerateRequest | pb.TokenizeRequest
 
@@ -50,6 +55,8 @@ def chat_messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
     """Messages as templates know them. Raises InvalidRequest."""
     if not chat.messages:
         raise InvalidRequest("chat.messages", "is empty; give at least one message")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidRequest("chat.messages", f"has {len(chat.messages)} messages; the limit is {MAX_MESSAGES}")
     for position, message in enumerate(chat.messages):
         for name in ("role", "content"):
             if not message.HasField(name):
@@ -59,7 +66,14 @@ def chat_messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
 
 def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
     """The fields that were set, over `defaults`: both sides have the same names, which a test holds."""
-    return replace(defaults, **{one.name: plain(value) for one, value in message.ListFields()})
+    return replace(defaults, **{one.name: plain(few(one.name, value)) for one, value in message.ListFields()})
+
+
+def few[T](field: str, value: T) -> T:
+    """A field that is no list, or one that is not too long to be copied. Raises InvalidRequest."""
+    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > MOST_ENTRIES:
+        raise InvalidRequest(field, f"has {len(value)} entries; the limit is {MOST_ENTRIES}")
+    return value
 
 
 def plain(value: Any) -> Any:
@@ -73,8 +87,11 @@ def plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else tuple(value)
 
 
-def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Ids to be turned into text. Raises InvalidRequest."""
+def checked_ids(ids: Sequence[int], vocab_size: int, most: int) -> list[int]:
+    """At most so many ids to be turned into text. Raises InvalidRequest."""
+    if len(ids) > most:
+        raise InvalidRequest("token_ids", f"has {len(ids)} tokens; the limit is {most}, the longest request that can "
+                             "run; send them in pieces")
     for bad in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= bad < vocab_size:
             raise InvalidRequest("token_ids", f"token id {bad} is not in the vocabulary, [0, {vocab_size})")

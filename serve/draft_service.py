@@ -11,6 +11,8 @@ import asyncio
 import logging
 import math
 import random
+from array import array
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
@@ -31,6 +33,10 @@ MOST_WANTED = 64
 """Proposals that are kept ahead of a sequence."""
 MOST_SEQUENCES = 1024
 """Of a stream; others get no proposals."""
+MOST_TOKENS = 2**22
+"""Of the sequences of all streams, 4 bytes each: what does not fit is forgotten and gets no proposals. A stream lasts
+as long as its caller wants, so nothing else bounds what it leaves here.
+"""
 LEAST_TEMPERATURE = 0.05
 """Below it the rounding of log-probabilities shows in probabilities, and sampling is hardly of use: so the likeliest
 tokens are proposed.
@@ -58,18 +64,23 @@ class Drafting:
         most = min(MAX_CANDIDATES, core.intake.limits.request.max_logprobs - 1)
         self._num_candidates = max(min(request.num_candidates, most), 0) if sampled else 0
         self._say = say
-        self._tokens: list[int] = []
+        self._tokens = array("i")
         self._first = 0  # position of the first of the guesses
         self._guesses: list[int] = []
         self._chances: list[float] = []  # of each guess, where they are wanted
         self._drawn: list[tuple[list[int], list[float]]] = []  # what each was sampled from, likewise
         self._stream: Stream | None = None
 
-    def accept(self, position: int, tokens: list[int]) -> bool:
+    @property
+    def num_tokens(self) -> int:
+        """That were accepted, and are kept."""
+        return len(self._tokens)
+
+    def accept(self, position: int, tokens: Sequence[int]) -> bool:
         """Takes in more tokens; False where they do not fit behind those so far."""
         if position != len(self._tokens) or position + len(tokens) > self._core.info.max_model_len:
             return False
-        self._tokens += tokens
+        self._tokens.extend(tokens)
         if not self._agrees():
             self.stop()
             self._forget(len(self._guesses))
@@ -79,7 +90,7 @@ class Drafting:
 
     def _agrees(self) -> bool:
         """Whether the guesses are worth going on with: they are what was accepted, and not far behind it."""
-        known = self._tokens[self._first:]
+        known = self._tokens[self._first:].tolist()
         behind = len(known) - len(self._guesses)
         going = self._stream is not None and not self._stream.ended
         return self._guesses[:len(known)] == known[:len(self._guesses)] and behind <= going * self._num_wanted // 2
@@ -130,7 +141,7 @@ class Drafting:
         """The guesses behind the accepted tokens; None where there are none, or they went elsewhere."""
         passed = self._num_passed
         ahead = self._guesses[passed:]
-        if not ahead or self._guesses[:passed] != self._tokens[self._first:]:
+        if not ahead or self._guesses[:passed] != self._tokens[self._first:].tolist():
             return None
         found = pb.DraftResponse(sequence=name, position=len(self._tokens), token_ids=ahead,
                                  probabilities=self._chances[passed:])
@@ -148,10 +159,11 @@ class Drafting:
 
 
 class Exchange:
-    """The sequences of one stream, and those with new proposals."""
+    """The sequences of one stream, and those with new proposals. held: tokens of all streams, counted by "tokens"."""
 
-    def __init__(self, core: Core, bridge: Bridge):
+    def __init__(self, core: Core, bridge: Bridge, held: Counter[str]):
         self._core = core
+        self._held = held
         self._bridge = bridge
         self._draftings: dict[int, Drafting] = {}
         self._news: dict[int, None] = {}
@@ -176,8 +188,13 @@ class Exchange:
         drafting = self._draftings.get(name)
         if drafting is None and request.position == 0 and len(self._draftings) < MOST_SEQUENCES:
             drafting = self._draftings[name] = Drafting(self._core, self._bridge, request, lambda: self._say(name))
-        if drafting is not None and not drafting.accept(request.position, list(request.token_ids)):
+        if drafting is None:
+            return
+        count = len(request.token_ids)
+        if self._held["tokens"] + count > MOST_TOKENS or not drafting.accept(request.position, request.token_ids):
             self._drop(name)
+        else:
+            self._held["tokens"] += count
 
     def _say(self, name: int) -> None:
         self._news[name] = None
@@ -186,6 +203,7 @@ class Exchange:
     def _drop(self, name: int) -> None:
         drafting = self._draftings.pop(name, None)
         if drafting is not None:
+            self._held["tokens"] -= drafting.num_tokens
             drafting.stop()
 
     async def wait(self) -> bool:
@@ -216,6 +234,7 @@ class DraftService(pb_grpc.DraftServiceServicer):
         self._core: Core | None = None
         self._bridge: Bridge | None = None
         self._exchanges: set[Exchange] = set()
+        self._held: Counter[str] = Counter()
 
     def attach(self, core: Core) -> None:
         """Begins to draft with `core`."""
@@ -237,7 +256,7 @@ class DraftService(pb_grpc.DraftServiceServicer):
                     ) -> AsyncIterator[pb.DraftResponse]:  # fmt: skip
         if self._core is None or self._bridge is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the model is loading or the server is stopping")
-        exchange = Exchange(self._core, self._bridge)
+        exchange = Exchange(self._core, self._bridge, self._held)
         self._exchanges.add(exchange)
         reading = asyncio.create_task(exchange.read(requests))
         try:

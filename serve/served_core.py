@@ -77,7 +77,7 @@ class ServedCore:
     def is_full(self) -> Overloaded | None:
         """Why nothing more can wait. What else may be wrong, the calls themselves find out and say."""
         try:
-            if self._core is not None:
+            if self._core is not None and self._suspended is None:
                 self._core.engine.check_room(1)
         except Overloaded as error:
             return error

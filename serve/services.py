@@ -62,6 +62,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 return pb.TokenizeResponse(token_ids=(await asyncio.to_thread(core.intake.read, prompt)).ids)
             add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             tokenizer = needed(core.tokenizer)
+            tokenizer.check_prompt_bytes(prompt, core.intake.limits.max_tokens)
             return pb.TokenizeResponse(token_ids=await offloaded(len(prompt), tokenizer.encode, prompt, add_special))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
@@ -69,7 +70,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             core, _ = self._served.serving()
             tokenizer = needed(core.tokenizer)
             skip_special = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-            ids = codec.checked_ids(request.token_ids, core.info.vocab_size)
+            ids = codec.checked_ids(request.token_ids, core.info.vocab_size, core.intake.limits.max_tokens)
             return pb.DetokenizeResponse(text=await offloaded(len(ids), tokenizer.decode, ids, skip_special))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:

@@ -18,7 +18,7 @@ from jaxinfer.core import Core, Load
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.outputs import CompletionOutput, Delta, PositionLogprobs
 from jaxinfer.types import RequestStats, SamplingParams, StructuredOutput
-from serve.codec import MAX_TOKENS_PER_MESSAGE, likeliest, weight_of_token
+from serve.codec import MAX_TOKENS_PER_MESSAGE, few, likeliest, weight_of_token
 from serve.generation import Generation
 from serve.model_name import model_name
 
@@ -71,8 +71,9 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         raise InvalidRequest("truncate_prompt_tokens", "is set, but prompts are never cut; send the tokens that count")
     sent = {one.name: value for one, value in message.ListFields() if one.name in SAME_NAMES}
     return replace(
-        SamplingParams(max_tokens=None), **sent, stop=tuple(message.stop) or None,
-        stop_token_ids=tuple(message.stop_token_ids) or None, logit_bias=dict(message.logit_bias) or None,
+        SamplingParams(max_tokens=None), **sent, stop=tuple(few("stop", message.stop)) or None,
+        stop_token_ids=tuple(few("stop_token_ids", message.stop_token_ids)) or None,
+        logit_bias=dict(few("logit_bias", message.logit_bias)) or None,
         structured_outputs=structured_output(message),
         # Only tokens go out, so text is made where a stop string has to be found in it.
         detokenize=bool(message.stop), skip_special_tokens=message.skip_special_tokens)

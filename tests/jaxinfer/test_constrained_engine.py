@@ -186,17 +186,24 @@ def test_a_bad_grammar_fails_its_request_alone(llms):
 @given(wanted=st.lists(schemas(), min_size=16, max_size=16))
 def test_random_schemas_give_valid_json_or_a_typed_refusal(llms, wanted):
     """`python -m benchmarks.bench_schemas` has a thousand of them."""
-    kept, params = [], []
+    kept, params, matchers = [], [], []
     for seed, schema in enumerate(wanted):
         asked = SamplingParams(temperature=1.0, seed=seed, max_tokens=150,
                                structured_outputs=StructuredOutput(json=schema))  # fmt: skip
         try:
-            llms(None).core.intake.request("value = ", asked)
+            grammar = llms(None).core.intake.request("value = ", asked).grammar
         except InvalidRequest as error:
             assert error.field.startswith("structured_outputs")
         else:
             kept.append(schema)
+            matchers.append(grammar.matcher())
             params.append(asked)
-    for schema, one in zip(kept, llms(None).generate(["value = "] * len(params), params, use_tqdm=False), strict=True):
-        if one.outputs[0].finish_reason == "stop":
-            Draft202012Validator(schema).validate(json.loads(one.outputs[0].text))
+    outputs = llms(None).generate(["value = "] * len(params), params, use_tqdm=False)
+    for schema, matcher, one in zip(kept, matchers, outputs, strict=True):
+        said = one.outputs[0]
+        if said.finish_reason == "stop":
+            Draft202012Validator(schema).validate(json.loads(said.text))
+        else:  # cut: the beginning of something legal
+            assert said.finish_reason == "length" and len(said.token_ids) == 150
+            assert matcher.advance_to_end(said.token_ids) == 150
+    assert 3 * sum(one.outputs[0].finish_reason == "stop" for one in outputs) >= len(outputs)

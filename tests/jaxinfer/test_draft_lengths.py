@@ -211,11 +211,11 @@ def test_rows_left_behind_by_a_burst_are_caught_up_with():
     drafts, rows = DraftLengths(MOST, BURST, CHUNK), sequences(40)
     for seq in rows[:39]:
         seq.watched = False
-    assert drafts.late(rows) == []
-    assert drafts.late(rows[36:]) == rows[36:39]
+    assert drafts.late(rows, 8) == []
+    assert drafts.late(rows[36:], 8) == rows[36:39]
     ending = rows[0]
     ending.tokens += [7] * (draft_lengths.left_of(ending) - 2)
-    assert drafts.late([ending]) == [], "two tokens are not worth it"
+    assert drafts.late([ending], 8) == [], "two tokens are not worth it"
 
 
 def test_sampling_rows_are_judged_by_their_own_rounds():
@@ -270,3 +270,59 @@ def test_the_length_is_the_best_of_all(most, chance, first, more, num_rows):
 def test_rounds_are_those_of_the_program_that_runs(num_rows):
     by_size = {2: CHEAP, 8: DEAR, 64: RoundSeconds(3.0, 4.0, 5.0)}
     assert draft_lengths.seconds_of(by_size, num_rows) is by_size[next(size for size in by_size if size >= num_rows)]
+
+
+def lapsed(rows: list[Sequence], gap: int) -> list[Sequence]:
+    """Rows that the drafter has seen, but for their last tokens."""
+    for seq in rows:
+        seq.tokens += [7] * (100 + gap)
+        seq.seen = len(seq.tokens) - gap
+    return rows
+
+
+def test_rows_with_a_gap_are_drafted_for_once_it_is_caught_up_with():
+    drafts, rows = DraftLengths(MOST, BURST, CHUNK), lapsed(sequences(3), 20)
+    assert chosen(drafts, rows) == [0] * 3
+    assert drafts.late(rows, 8) == rows
+    drafts.choose(rows, 8, SamplerForm.GREEDY, rows[:2])
+    assert rows[0].num_drafted == rows[1].num_drafted > 0 == rows[2].num_drafted
+    assert drafts.late(lapsed(sequences(40), 20), 8) == [], "whatever is kept"
+    assert DraftLengths(MOST, BURST).late(rows, 8) == [], "a drafter to which prompts are no work has no gaps"
+
+
+def test_only_the_gap_is_to_be_caught_up_with():
+    drafts = DraftLengths(MOST, BURST, CatchUp(8, 100.0))
+    (near,), (far,), (unseen,) = (lapsed(sequences(1, max_tokens=700), gap) for gap in (8, 80, 8))
+    unseen.watched, unseen.seen = False, None
+    assert [drafts.late([seq], 8) for seq in (near, far, unseen)] == [[near], [], []]
+
+
+def test_what_would_not_be_drafted_for_is_not_caught_up_with():
+    """Or it would be again in every step: others' proposals are kept, this row's are not."""
+    drafts, (good,), (bad,) = DraftLengths(MOST, BURST, CHUNK), sequences(1), sequences(1)
+    teach_often(drafts, [bad], [1] * 8, 20)
+    teach_often(drafts, [good], [5] * 8, 100)
+    assert chosen(drafts, [bad]) == [0] < chosen(drafts, [good])
+    assert drafts.late(lapsed([bad], 20), 8) == []
+    (hopeless,) = sequences(1)
+    hopeless.acceptance.add(1000.0, 0.0, 1e9)
+    assert drafts.late([*lapsed([hopeless], 20), *sequences(1)], 8) == [], "beside others it is not drafted for either"
+    ending = lapsed(sequences(3, max_tokens=122), 20)
+    assert drafts.late([*ending, *lapsed([good], 20)], 8) == [good]
+
+
+def test_trying_again_catches_up_with_one_row_for_a_hundredth_of_the_time():
+    drafts, rows, spent, plain, tried = DraftLengths(MOST, BURST, CatchUp(8, 4.0)), sequences(3), 0.0, 0.0, 0
+    teach_often(drafts, sequences(1), [1] * 8, 400)
+    for gap, seq in zip((64, 16, 32), rows, strict=True):
+        lapsed([seq], gap)
+    for _ in range(8000):
+        ready = drafts.late(rows, 8)
+        assert ready in ([], [rows[1]]), "the one that is nearest"
+        drafts.choose(rows, 8, SamplerForm.GREEDY, ready)
+        length = rows[1].num_drafted
+        assert bool(length) == bool(ready)
+        tried += bool(ready)
+        spent, plain = spent + (8 * 0.4 + 2 * 4.0 if ready else 0.0), plain + 8
+        teach(drafts, sequences(3), [1] * 8, num_drafted=length)
+    assert tried > 5 and spent <= 0.011 * plain

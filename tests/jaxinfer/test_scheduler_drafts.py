@@ -25,12 +25,12 @@ class Told(DraftLengths):
         self.asked.append((num_rows, num_unseen))
         return self.sees
 
-    def late(self, rows):
-        return [seq for seq in rows if not seq.watched] if self.catches_up else []
+    def late(self, rows, rounds):
+        return [seq for seq in rows if not seq.watched or seq.seen is not None] if self.catches_up else []
 
-    def choose(self, rows, rounds, form):
+    def choose(self, rows, rounds, form, ready=()):
         for seq in rows:
-            seq.num_drafted = 3 * (seq.watched and self.proposes)
+            seq.num_drafted = 3 * (self.proposes and (seq.watched or seq in ready))
 
 
 def new_scheduler(drafts: Told, **changes) -> Scheduler:
@@ -103,6 +103,43 @@ def test_rows_in_decode_are_caught_up_with_when_one_token_is_in_flight_at_most()
     fourth = scheduler.plan()
     assert fourth is not None and fourth.num_drafted == (3,) and fourth.num_rounds == 4
     assert [len(row.tokens) for row in fourth.caught_up] == [9 + 1 + 4]
+
+
+def test_the_gap_that_plain_steps_left_is_caught_up_with():
+    """From the first token that the drafter may lack: the last one before them it may not have computed."""
+    drafts = Told(proposes=True)
+    scheduler = new_scheduler(drafts, max_num_batched_tokens=16)
+    scheduler.add(make_request("a", range(9), max_tokens=30))
+    commit(scheduler, scheduler.plan())
+    commit(scheduler, scheduler.plan())
+    drafts.proposes = False
+    for _ in range(6):
+        commit(scheduler, scheduler.plan())
+    drafts.proposes = drafts.catches_up = True
+    plan = scheduler.plan()
+    assert plan is not None and plan.num_drafted == (3,)
+    assert [(row.num_watched, row.tokens) for row in plan.caught_up] == [(9, (*range(9), *[7] * 8))]
+    commit(scheduler, plan)
+    following = scheduler.plan()
+    assert following is not None and following.caught_up == ()
+    commit(scheduler, following)
+    run(scheduler)
+    pages = scheduler.pool.match(block_hashes([*range(9), *[7] * 30], PAGE, ("", "")))
+    assert scheduler.pool.num_watched(pages) == len(pages) == 9
+
+
+def test_a_row_that_is_not_drafted_for_beside_others_lapses():
+    """Once the others have ended, the rounds of the step are plain and the draft model sees none of them."""
+    drafts = Told(proposes=True)
+    scheduler = new_scheduler(drafts, max_decode_rounds=4, max_num_batched_tokens=32)
+    for index, name in enumerate("ab"):
+        scheduler.add(make_request(name, range(index, 9 + index), max_tokens=30))
+    commit(scheduler, scheduler.plan())
+    a, b = scheduler._running
+    drafts.choose = lambda rows, rounds, form, ready=(): setattr(a, "num_drafted", 3) or setattr(b, "num_drafted", 0)
+    plan = scheduler.plan()
+    assert plan is not None and sorted(plan.num_drafted) == [0, 3]
+    assert (a.seen, b.seen) == (None, 8)
 
 
 def test_a_step_is_not_held_up_by_all_rows_at_once():

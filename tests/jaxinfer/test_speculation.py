@@ -75,7 +75,7 @@ class Fickle(DraftLengths):
 
     steps = 0
 
-    def choose(self, rows, rounds, form):
+    def choose(self, rows, rounds, form, ready=()):
         self.steps += 1
         for index, seq in enumerate(rows):
             seq.num_drafted = (self.steps + index) % (self.most + 1) if self.steps % 3 else 0
@@ -229,17 +229,17 @@ class Sighted(DraftLengths):
     def __init__(self, most: int, seen: list[bool]):
         super().__init__(most)
         self._seen = iter(seen)
-        self.catches_up = False
+        self.catches_up = self.pauses = False
 
     def watches(self, seq, num_rows, num_unseen):
         return next(self._seen)
 
-    def late(self, rows):
-        return [seq for seq in rows if not seq.watched] if self.catches_up else []
+    def late(self, rows, rounds):
+        return [seq for seq in rows if not seq.watched or seq.seen is not None] if self.catches_up else []
 
-    def choose(self, rows, rounds, form):
+    def choose(self, rows, rounds, form, ready=()):
         for seq in rows:
-            seq.num_drafted = self.most * seq.watched
+            seq.num_drafted = self.most * (not self.pauses and (seq.watched or seq in ready))
 
 
 def test_rows_that_the_drafter_has_not_seen_are_not_drafted_for(real):
@@ -284,6 +284,26 @@ def test_the_draft_model_catches_up_with_rows_in_decode(real):
     run(engine)
     told = [row for plan, _ in results for row in plan.caught_up]
     assert sorted(row.slot for row in told) == [0, 1, 2] and all(len(row.tokens) > 10 for row in told)
+    check_all_is_kept(results, num_ends=3)
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_the_draft_model_catches_up_with_what_plain_steps_said(real, given):
+    """Rows begin seen, then steps go by without it; from the first token that it lacks on it is told."""
+    drafts = Sighted(5, [True] * 3)
+    engine = new_engine(real("itself", 5), drafts=drafts)
+    results = record_results(engine)
+    for index in range(3):
+        engine.add(request(str(index), [(7 * i + index) % 250 + 3 for i in range(10 + index)], 50,
+                           temperature=0.8 * (index % 2), given=given))
+    while len(results) < 4:
+        drafts.pauses = len(results) > 1
+        engine.step()
+    drafts.pauses, drafts.catches_up = False, True
+    run(engine)
+    told = [row for plan, _ in results for row in plan.caught_up]
+    assert sorted(row.slot for row in told) == [0, 1, 2]
+    assert all(10 <= row.num_watched < len(row.tokens) - 1 for row in told)
     check_all_is_kept(results, num_ends=3)
 
 

@@ -1,7 +1,10 @@
 import itertools
 import json
+import threading
 import unicodedata
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+import jaxinfer.tokenizer as tokenizer_module
 from jaxinfer.errors import InvalidRequest, ModelFormatError, TokenizerMissing
 from jaxinfer.tokenizer import BYTE_OF_CHAR, BytesDecoder, Tokenizer, WindowDecoder
 
@@ -26,6 +30,9 @@ def byte_level() -> Backend:
         special_tokens=["<s>", "</s>"]))
     backend.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("é x", normalized=False)])
     return backend
+
+
+byte_level_once = cache(byte_level)
 
 
 def metaspace(strip: bool) -> Backend:
@@ -323,3 +330,35 @@ def test_ctrl_c_passes(monkeypatch):
     monkeypatch.setattr(tokenizer, "_backend", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("call", ["encode", "decode"])
+def test_other_threads_get_on_while_a_long_text_is_worked_on(call):
+    """With the interpreter's lock in hand a server would stand still, its health too."""
+    tokenizer, text = Tokenizer(byte_level()), "the cat sat on the mat. " * 60_000
+    work = partial(tokenizer.encode, text)
+    if call == "decode":
+        work = partial(tokenizer.decode, work())
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(None)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = len(ticks)
+    assert work()
+    ticked = len(ticks) - before
+    done.set()
+    thread.join()
+    assert ticked > 5
+
+
+@given(text=st.text(max_size=40), special=st.booleans())
+def test_long_texts_are_encoded_and_decoded_as_short_ones(text, special):
+    tokenizer = Tokenizer(byte_level_once())
+    with mock.patch.object(tokenizer_module, "ALONE", 0):
+        ids = tokenizer.encode(text, special)
+        said = tokenizer.decode(ids, special)
+    assert (ids, said) == (tokenizer.encode(text, special), tokenizer.decode(ids, special))

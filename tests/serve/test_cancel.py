@@ -1,6 +1,7 @@
 """Requests that end early: cancels, deadlines, disconnects, slow readers. The engine must be rid of them at once."""
 
 import asyncio
+import gc
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from serving import Served, eventually, serving
 from serve import codec
 from serve.client import AsyncClient
 from serve.codec import Outbox
+from serve.generation import Generation
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
 from serve.protos.jaxinfer.v1 import generation_pb2_grpc as pb_grpc
 
@@ -210,3 +212,23 @@ def test_a_killed_client_frees_its_row(stepped: Served, repository: Path):
         assert client.stdout is not None and client.stdout.readline() == "c\n"
         client.kill()
     eventually(lambda: stepped.engine.cancelled == [("k", None)])
+
+
+def test_nothing_of_a_request_outlives_it():
+    """Without the garbage collector: prompts, outputs and log-probabilities would wait for it."""
+    def left() -> list[Generation]:
+        return [one for one in gc.get_objects() if isinstance(one, Generation)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(make_core()) as served:
+            assert served.client.generate([1], max_tokens=3).token_ids
+            assert list(served.client.stream([1], max_tokens=3))
+            stream = served.client.stream([1], max_tokens=MAX_TOKENS)
+            next(iter(stream))
+            assert len(left()) == 1
+            stream.cancel()
+            eventually(lambda: not left())
+    finally:
+        gc.enable()

@@ -18,6 +18,7 @@ from jaxinfer.errors import Overloaded
 from jaxinfer.protos.v1 import draft_pb2 as pb
 from jaxinfer.protos.v1 import draft_pb2_grpc as pb_grpc
 from jaxinfer.types import MAX_CANDIDATES
+from serve import draft_service
 
 
 class Caller:
@@ -247,3 +248,19 @@ def test_a_stop_does_not_wait_for_drafts():
 def test_a_server_that_loads_says_so():
     with serving(None) as served, calling(served) as caller:
         assert caller.done.result(timeout=10) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_tokens_of_all_streams_are_bounded(stepped: Served, monkeypatch: pytest.MonkeyPatch):
+    """What does not fit gets no proposals; what ends makes room."""
+    monkeypatch.setattr(draft_service, "MOST_TOKENS", 10)
+    with calling(stepped) as first, calling(stepped) as second:
+        begin(stepped, first, 1, [1] * 8)
+        second.send(2, 0, [2] * 3)
+        begin(stepped, second, 3, [3] * 2)
+        assert [prompt[0] for prompt, _ in rows_of(stepped)] == [1, 3]
+        first.send(1, ended=True)
+        eventually(lambda: len(rows_of(stepped)) == 1)
+        begin(stepped, second, 2, [2] * 8)
+    eventually(lambda: not rows_of(stepped))
+    with calling(stepped) as third:
+        begin(stepped, third, 4, [4] * 10)

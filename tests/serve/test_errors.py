@@ -49,6 +49,8 @@ def refusal(call) -> tuple[grpc.StatusCode, str]:
     ({"stop": ["x"] * 17}, ["stop", "17", "16"]),
     ({"stop": "x" * 300}, ["stop", "300", "256"]),
     ({"stop_token_ids": [257]}, ["stop_token_ids", "257", "[0, 257)"]),
+    ({"stop_token_ids": [5] * 17}, ["stop_token_ids", "17", "16"]),
+    ({"allowed_token_ids": [5] * (2**20 + 1)}, ["allowed_token_ids", "1048577", "1048576"]),
     ({"stop": "a", "detokenize": False}, ["stop", "detokenize"]),
     ({"request_id": ""}, ["request_id", "empty"]),
     ({"request_id": "x" * 300}, ["request_id", "300", "256"]),
@@ -94,6 +96,24 @@ def test_ids_to_detokenize(small: Served):
     for ids in ([1, 257], [-3]):
         code, text = refusal(lambda ids=ids: small.client.detokenize(ids))
         assert code is INVALID and f"token_ids: token id {ids[-1]}" in text and "[0, 257)" in text
+
+
+def test_what_no_request_could_hold_is_neither_tokenised_nor_detokenised(small: Served):
+    assert small.client.detokenize([1] * 100)
+    code, text = refusal(lambda: small.client.detokenize([1] * 101))
+    assert code is INVALID and "token_ids: has 101 tokens; the limit is 100" in text
+    code, text = refusal(lambda: small.client.tokenize("x" * 100_000))
+    assert code is INVALID and "prompt: has 100000 characters" in text
+
+
+def test_the_length_is_looked_at_before_the_ids(small: Served):
+    code, text = refusal(lambda: small.client.generate([257] * 100, max_tokens=1))
+    assert code is INVALID and "prompt: has 100 tokens" in text
+
+
+def test_messages_of_a_chat_are_counted_before_they_are_read(small: Served):
+    code, text = refusal(lambda: small.client.generate([{"role": "user", "content": "a"}] * 4097, max_tokens=1))
+    assert code is INVALID and "chat.messages: has 4097 messages; the limit is 4096" in text
 
 
 def test_without_a_tokenizer():

@@ -96,6 +96,19 @@ def test_what_a_full_queue_refuses_is_not_even_read():
         first.cancel()
 
 
+def test_a_full_queue_behind_a_hang_is_no_reason_to_try_again():
+    """Waiting does not help: the status is that of every other call."""
+    core = paged_core(max_waiting=1)
+    with serving(core) as served, held(core):
+        first = served.client.stream(prompt(3), max_tokens=1)
+        eventually(lambda: is_full(core))
+        served.call(served.server._suspend("the engine hangs"))
+        error = refusal(lambda: served.client.generate(prompt(1), max_tokens=1))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE and "the engine hangs" in error.details()
+        served.call(served.server._suspend(None))
+        first.cancel()
+
+
 # ---- the hint
 
 
