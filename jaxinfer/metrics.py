@@ -25,6 +25,7 @@ REQUEST_EDGES = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3,
     0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+TOKEN_EDGES = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 STEP_EDGES = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -74,6 +75,8 @@ class Metrics:
     prompt_tokens were computed, cached_tokens came from the prefix cache, query_tokens were looked up there.
     draft_tokens were proposed for generated ones, accepted_tokens are those of them that were kept; rounds_by_accepted
     counts a row's rounds with proposals by how many it kept.
+    prompt_lengths, output_lengths: tokens of samples that ended. prefill_seconds, decode_seconds: of those that had a
+    token, from when they were scheduled first to it, and from there to the end.
     step_seconds: of the engine's steps that committed something; host_seconds: the part in which it did not wait for
     the device. nan_rows: samples ended by NaN or infinity.
     idle_leaks: times that nothing ran and pages were not given back.
@@ -99,6 +102,10 @@ class Metrics:
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_EDGES))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_EDGES))
     request_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_EDGES))
+    prompt_lengths: Histogram = field(default_factory=lambda: Histogram(TOKEN_EDGES))
+    output_lengths: Histogram = field(default_factory=lambda: Histogram(TOKEN_EDGES))
+    prefill_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_EDGES))
+    decode_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_EDGES))
     step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_EDGES))
     host_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_EDGES))
     _last_commit: float = 0.0
@@ -154,6 +161,11 @@ class Metrics:
         """A sample ended."""
         self.finished[reason] += 1
         self.request_seconds.observe(stats.finished - stats.arrival)
+        self.prompt_lengths.observe(stats.num_prompt_tokens)
+        self.output_lengths.observe(stats.num_output_tokens)
+        if stats.first_token:
+            self.prefill_seconds.observe(stats.first_token - stats.scheduled)
+            self.decode_seconds.observe(stats.finished - stats.first_token)
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data: numbers, and one dict for each histogram."""

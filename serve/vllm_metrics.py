@@ -26,6 +26,10 @@ HISTOGRAMS = (
     ("inter_token_seconds", "inter_token_latency_seconds", "Time between two tokens."),
     ("request_seconds", "e2e_request_latency_seconds", "Arrival to end."),
     ("queue_seconds", "request_queue_time_seconds", "Arrival to first scheduling."),
+    ("prefill_seconds", "request_prefill_time_seconds", "First scheduling to first token."),
+    ("decode_seconds", "request_decode_time_seconds", "First token to end."),
+    ("prompt_lengths", "request_prompt_tokens", "Prompt tokens of samples that ended."),
+    ("output_lengths", "request_generation_tokens", "Tokens of samples that ended."),
 )
 
 

@@ -6,7 +6,7 @@ from counting import counted, new_engine, new_executor, request, small_config
 from counting_mixes import arrivals, check_mix, ids_of, run
 from hypothesis import given, settings
 
-from jaxinfer.engine import MAX_FAILURES
+from jaxinfer.engine import FAILURE_WINDOW, MAX_FAILURES
 from jaxinfer.errors import StepFailed
 from jaxinfer.types import StepKind
 
@@ -134,6 +134,26 @@ def test_steps_that_keep_failing_end_the_engine(executor):
         for _ in range(10):
             engine.step()
     assert len(calls) == MAX_FAILURES
+
+
+def test_failures_far_apart_do_not_end_the_engine(executor):
+    now, fails = 0.0, False
+    engine = new_engine(executor, clock=lambda: now)
+
+    def failing(plan):
+        nonlocal fails
+        if fails:
+            fails = False
+            raise RuntimeError("injected")
+        return executor.dispatch(plan)
+
+    engine.runner = Spy(executor, failing, executor.read)
+    for index in range(MAX_FAILURES + 2):
+        now, fails = now + FAILURE_WINDOW / (MAX_FAILURES - 1) + 1, True
+        one = request(str(index), [1, index], 5)
+        engine.add(one)
+        assert ids_of(run(engine)[one.id, 0]) == counted(one)
+    assert engine.scheduler.metrics.failed_steps == MAX_FAILURES + 2
 
 
 def test_lower_priority_numbers_run_first(executor):

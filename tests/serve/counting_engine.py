@@ -143,6 +143,7 @@ class CountingEngine:
 
     def _count_end(self, row: Row, reason: str) -> None:
         row.stats.finished = time.monotonic()
+        row.stats.num_output_tokens = row.request.max_tokens - row.left
         self._counted.record_end(reason, row.stats)
 
     def _note_first(self, row: Row, chunk: TokenChunk) -> None:

@@ -20,7 +20,9 @@ KINDS = {
     "vllm:spec_decode_num_drafts": "counter", "vllm:spec_decode_num_draft_tokens": "counter",
     "vllm:spec_decode_num_accepted_tokens": "counter", "vllm:spec_decode_num_accepted_tokens_per_pos": "counter",
     "vllm:time_to_first_token_seconds": "histogram", "vllm:inter_token_latency_seconds": "histogram",
-    "vllm:e2e_request_latency_seconds": "histogram", "vllm:request_queue_time_seconds": "histogram"}
+    "vllm:e2e_request_latency_seconds": "histogram", "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram", "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_prompt_tokens": "histogram", "vllm:request_generation_tokens": "histogram"}
 
 
 def families(served: Served) -> dict:
@@ -51,6 +53,9 @@ def test_names_types_and_values_are_those_of_vllm():
     assert values["vllm:request_success_total", "length"] == 1
     assert values["vllm:time_to_first_token_seconds_count", None] == 2
     assert values["vllm:e2e_request_latency_seconds_count", None] == 1
+    assert values["vllm:request_prompt_tokens_sum", None] == 8
+    assert values["vllm:request_generation_tokens_sum", None] == 3
+    assert values["vllm:request_decode_time_seconds_count", None] == 1
     assert all(one.labels["model_name"] == "counting" and one.labels["engine"] == "0"
                for family in vllm.values() for one in family.samples)
     assert "jaxinfer_step_seconds" in found
