@@ -1,5 +1,6 @@
 """One row's place in its grammar: what the tokens so far have made of it, which may follow."""
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
     from jaxinfer.grammar import CompiledGrammar
 
+FREE_SECONDS = 0.0005
+"""Of the engine's thread for taking in a token: JSON schemas take a tenth of it, a small ambiguous grammar
+(`e: e e | "a" | "b"`) ten times as much, and the same again for each mask.
+"""
+MOST_SECONDS = 0.1
+"""What a row may take beyond that. Every request waits for it, and no limit of llguidance's bounds it."""
+
 
 class Matcher:
     """Not thread-safe: one thread at a time, the engine's. Every method may raise GrammarFailed; then this row cannot
@@ -28,6 +36,7 @@ class Matcher:
         self.grammar = grammar
         self.inner = inner
         """llguidance's matcher, for masks of many rows at once."""
+        self._overdrawn = 0.0  # seconds beyond FREE_SECONDS for each token
         self._is_shared = True
         self._tokens: list[int] = []
         self._num_ends = 0  # llguidance takes an end back by a rollback in some states only, so it never sees one
@@ -105,12 +114,21 @@ class Matcher:
             self._num_ends += 1
 
     def advance_to_end(self, tokens: Sequence[int]) -> int:
-        """Takes in tokens up to the first behind which nothing but end-of-sequence may follow; how many those are."""
+        """Takes in tokens up to the first behind which nothing but end-of-sequence may follow; how many those are.
+
+        Raises GrammarFailed, too, when the row has taken too much of the thread's time.
+        """
+        began, taken = time.thread_time(), len(tokens)
         for count, id in enumerate(tokens, 1):
             self.advance((id,))
             if self.is_finished:
-                return count
-        return len(tokens)
+                taken = count
+                break
+        self._overdrawn = max(self._overdrawn + time.thread_time() - began - FREE_SECONDS * taken, 0.0)
+        if self._overdrawn > MOST_SECONDS:
+            raise self._failure(f"following {self.num_tokens} tokens took {MOST_SECONDS:g} s more than "
+                                f"{FREE_SECONDS * 1e3:g} ms each, the limit")
+        return taken
 
     def rollback(self, num_tokens: int) -> None:
         """Takes the last tokens back. Raises ValueError when there are not so many."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.json_schemas import UNSUPPORTED, schemas
+from jaxinfer import grammar_matcher
 from jaxinfer.errors import GrammarFailed, InvalidRequest, status_of
 from jaxinfer.grammar import Grammars
 from jaxinfer.grammar_masks import MaskFiller
@@ -341,3 +342,22 @@ def test_models_that_cannot_do_grammars_refuse(tokenizer, kind):
     found = {"none": None, "no end": tokenizer}.get(kind, TOKENIZERS.get(kind))
     with pytest.raises(InvalidRequest, match="leave it out"):
         Grammars(found, 4096, [] if kind == "no end" else [0]).compile(StructuredOutput(regex="a"))
+
+
+def test_a_row_that_takes_too_much_of_the_engines_time_ends(matcher, tokenizer):
+    """A small grammar whose places are each within the parser's limits, and cost more with every token."""
+    row, (token,) = matcher(grammar='start: e\ne: e e | "a" | "b" | ""'), ids(tokenizer, "a")
+    with pytest.raises(GrammarFailed, match=r"took 0\.1 s more than 0\.5 ms each"):
+        for _ in range(2000):
+            assert row.advance_to_end([token]) == 1
+    assert row.num_tokens > 20
+
+
+def test_time_that_was_not_used_is_not_saved_up(matcher, tokenizer, monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 1.05, 2.0, 2.06]).__next__
+    row, (token,) = matcher(regex="a*"), ids(tokenizer, "a")
+    monkeypatch.setattr(grammar_matcher.time, "thread_time", clock)
+    for _ in range(2):
+        row.advance_to_end([token])
+    with pytest.raises(GrammarFailed):
+        row.advance_to_end([token])
