@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -173,14 +175,35 @@ def address_of(server: subprocess.Popen) -> str:
     return line.removeprefix("starting on ").partition(";")[0]
 
 
+@contextlib.contextmanager
+def watching_health(address: str) -> Iterator[list[tuple[float, int]]]:
+    """What health says from now on, and when."""
+    seen: list[tuple[float, int]] = []
+
+    def watch(responses: Any) -> None:
+        with contextlib.suppress(grpc.RpcError):  # it ends with the server
+            for response in responses:
+                seen.append((time.monotonic(), response.status))
+
+    with grpc.insecure_channel(address) as channel:
+        responses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        thread = threading.Thread(target=watch, args=(responses,))
+        thread.start()
+        yield seen
+        responses.cancel()
+        thread.join()
+
+
 def test_a_dead_engine_ends_the_service(repository: Path):
     with process(repository, dies_after=1.0) as server:
         address = address_of(server)
-        with Client(address) as client:
+        with Client(address) as client, watching_health(address) as seen:
             client.wait_ready(10)
             with pytest.raises(grpc.RpcError) as caught:
                 list(client.stream("ab", max_tokens=100_000))
             assert caught.value.code() is UNAVAILABLE
+            died = time.monotonic()
+            eventually(lambda: seen[-1][1] == Status.NOT_SERVING and seen[-1][0] - died < 1)
         output, _ = server.communicate(timeout=10)
         assert server.returncode == 1
         assert "the engine has died" in output
