@@ -113,15 +113,23 @@ class DraftLengths:
         if not best_of_all:
             return []
         saved = self._saved(seconds, self._all.chance(PRIOR, PRIOR_WEIGHT)) / len(rows)
-        late = [seq for seq, chance in zip(behind, self._chances(behind), strict=True)
-                if worth_making(chance, self.most) and saved * num_drafting(seq) > self._catching_up(num_behind(seq))]
-        if late and self._length(cost, [seq for seq in rows if self._follows(seq) or seq in late], len(rows)):
-            return late
+        if late := self._worth_catching_up(behind, saved):
+            followed = [*late, *(seq for seq in rows if self._follows(seq))]
+            if self._length(cost, followed, self._chances(followed), len(rows)):  # or `choose` would say no each time
+                return late
         if len(behind) < len(rows):  # those that the drafter follows tell what acceptance is now
             return []
         row = min(behind, key=num_behind)
         spent = PROBE_STEPS * rounds * (cost[best_of_all] - 1) + self._catching_up(num_behind(row)) / seconds.plain
         return [row] if num_drafting(row) and self._plain_rounds * PROBE_SHARE >= spent else []
+
+    def _worth_catching_up(self, behind: list[Sequence], saved: float) -> list[Sequence]:
+        """saved: seconds of a row's share of a round."""
+        if not saved:
+            return []
+        chances = self._chances(behind)
+        return [seq for seq, chance in zip(behind, chances, strict=True)
+                if worth_making(chance, self.most) and saved * num_drafting(seq) > self._catching_up(num_behind(seq))]
 
     def _follows(self, seq: Sequence) -> bool:
         """Whether the drafter has all of the row that it needs."""
@@ -161,7 +169,8 @@ class DraftLengths:
         best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:  # whatever is kept
             return
-        length, chances = self._length(cost, followed, len(rows)), self._chances(followed)
+        chances = self._chances(followed)
+        length = self._length(cost, followed, chances, len(rows))
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
             length, chances = best_of_all, [1.0] * len(followed)
         for seq, chance in zip(followed, chances, strict=True):
@@ -171,10 +180,10 @@ class DraftLengths:
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
         return [seq.acceptance.chance(overall, ROW_WEIGHT) for seq in rows]
 
-    def _length(self, cost: list[float], followed: list[Sequence], num_rows: int) -> int:
+    def _length(self, cost: list[float], followed: list[Sequence], chances: list[float], num_rows: int) -> int:
         """Proposals that are best for a step of so many rows, of which the drafter follows some."""
         others = [0.0] * (num_rows - len(followed))
-        return best_length(cost, self._chances(followed) + others, self._shares(followed) + others)
+        return best_length(cost, chances + others, self._shares(followed) + others)
 
     def _shares(self, rows: list[Sequence]) -> list[float]:
         """Of the rounds in which any of the rows has proposals, those in which each has."""

@@ -22,7 +22,7 @@ INITIAL_FUEL = 1_000_000
 STEP_FUEL = 200_000
 """Steps of the lexer in one mask; about 15 ms."""
 STEP_ITEMS = 50_000
-"""Parser items in one mask: 3 ms where places have few, up to 40 of an ambiguous grammar (`e: e e | "a" | "b"`)."""
+"""Parser items in one mask: 3 ms where places have few, up to 30 of an ambiguous grammar (`e: e e | "a" | "b"`)."""
 ROW_ITEMS = 1000
 """Parser items at one place of the text: a grammar with more alternatives at once takes over 20 ms a mask."""
 LEXER_STATES = 16_384

@@ -206,9 +206,9 @@ def test_a_drafter_that_dies_is_told_everything_when_it_is_back(executor, monkey
         source.tell(1, 0, [1, 2, 3])
         for tokens in ([4], [5, 6]):
             with drafting(remember, port):
-                eventually(lambda: source.take() != [], timeout=30)
+                eventually(lambda: source.take() != [], timeout=10)
                 source.tell(1, len(source._rows[1].tokens), tokens)
-                eventually(lambda: source.take() != [], timeout=30)
+                eventually(lambda: source.take() != [])
             source.forget(2)
             source.tell(2, 0, [9])
     first = [list(one.token_ids) for one in told if one.sequence == 1 and one.position == 0]
