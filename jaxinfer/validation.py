@@ -79,18 +79,25 @@ def validate(prompt: Any, params: Any, limits: Limits) -> None:
 
 def checked_prompt(prompt: Any, limits: Limits) -> tuple[int, ...]:
     """The prompt as plain ints. Takes a list, a tuple or a one-dimensional integer array."""
-    if (count := _count_of(prompt)) >= limits.max_tokens:
+    _check_prompt_length(_count_of(prompt), limits)  # before each id is looked at
+    ids = _known_ids("prompt", prompt, limits.vocab_size)
+    _check_prompt_length(len(ids), limits)  # a stranger's object may say what it likes of itself
+    return ids
+
+
+def _check_prompt_length(count: int, limits: Limits) -> None:
+    if count >= limits.max_tokens:
         raise InvalidRequest("prompt", f"has {count} tokens; with at least one token of output the limit is "
                              f"{limits.max_tokens - 1} ({_length_rule(limits)}); shorten the prompt")
-    return _known_ids("prompt", prompt, limits.vocab_size)
 
 
 def checked_scored(token_ids: Any, limits: Limits) -> tuple[int, ...]:
     """Tokens to compute logits for, as plain ints: nothing is generated, so they may fill the whole length."""
-    if (count := _count_of(token_ids)) > limits.max_tokens:
-        raise InvalidRequest("token_ids", f"has {count} tokens; the limit is {limits.max_tokens} "
+    ids = _known_ids("token_ids", token_ids, limits.vocab_size)
+    if len(ids) > limits.max_tokens:
+        raise InvalidRequest("token_ids", f"has {len(ids)} tokens; the limit is {limits.max_tokens} "
                              f"({_length_rule(limits)}); give fewer")
-    return _known_ids("token_ids", token_ids, limits.vocab_size)
+    return ids
 
 
 def room_for_output(num_prompt_tokens: int, params: SamplingParams, limits: Limits) -> int:

@@ -13,6 +13,7 @@ from jaxinfer.validation import (
     Limits,
     check_envelope,
     check_text,
+    checked_prompt,
     normalise,
     resolve,
     room_for_output,
@@ -257,3 +258,18 @@ def test_garbage_passes_or_is_refused_and_nothing_else(prompt, fields):
 def test_garbage_instead_of_params(garbage):
     with pytest.raises(InvalidRequest):
         validate([1], garbage, LIMITS)
+
+
+def test_a_prompt_that_says_it_is_short_is_counted():
+    class Shy:
+        dtype, ndim = np.dtype(np.int32), 1
+
+        def __len__(self) -> int:
+            return 3
+
+        def tolist(self) -> list[int]:
+            return [1] * 500
+
+    with pytest.raises(InvalidRequest, match="has 500 tokens"):
+        checked_prompt(Shy(), Limits(vocab_size=100, max_model_len=64))
+
