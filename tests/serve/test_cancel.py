@@ -232,7 +232,7 @@ def test_nothing_of_a_request_outlives_it():
             assert list(served.client.stream([1], max_tokens=3))
             stream = served.client.stream([1], max_tokens=MAX_TOKENS)
             next(iter(stream))
-            assert len(left()) == 1
+            eventually(lambda: len(left()) == 1)  # a client may have its answer before the server's frame is gone
             stream.cancel()
             eventually(lambda: not left())
     finally:
