@@ -27,24 +27,28 @@ type Layout = PrefillLayout | DecodeLayout | SpeculateLayout
 
 @dataclass(frozen=True)
 class Batcher:
-    """Packs plans for one engine: its buckets and their layouts."""
+    """Packs plans for one engine: its buckets and their layouts.
+
+    plain_alone: a speculating engine has programs of the target alone for steps without proposals; `plain` are theirs.
+    """
 
     config: EngineConfig
+    plain_alone: bool = False
     prefill: tuple[PrefillLayout, ...] = field(init=False)
     decode: tuple[DecodeLayout | SpeculateLayout, ...] = field(init=False)
+    plain: tuple[DecodeLayout, ...] = field(init=False)
 
     def __post_init__(self):
         config = self.config
         object.__setattr__(self, "prefill", tuple(
             PrefillLayout(size, config.max_num_seqs, config.page_size) for size in config.token_buckets))
-        object.__setattr__(self, "decode", tuple(map(self._decode_layout, config.row_buckets)))
-
-    def _decode_layout(self, num_rows: int) -> DecodeLayout | SpeculateLayout:
-        config = self.config
-        if config.num_speculative_tokens:
-            return SpeculateLayout(num_rows, config.max_decode_rounds, config.num_speculative_tokens, config.page_size,
-                                   config.max_num_seqs)
-        return DecodeLayout(num_rows, config.max_decode_rounds, config.page_size, config.max_num_seqs)
+        plain = tuple(DecodeLayout(num_rows, config.max_decode_rounds, config.page_size, config.max_num_seqs)
+                      for num_rows in config.row_buckets)
+        object.__setattr__(self, "decode", tuple(
+            SpeculateLayout(num_rows, config.max_decode_rounds, config.num_speculative_tokens, config.page_size,
+                            config.max_num_seqs)
+            for num_rows in config.row_buckets) if config.num_speculative_tokens else plain)
+        object.__setattr__(self, "plain", plain if self.plain_alone else ())
 
     @property
     def speculate(self) -> tuple[SpeculateLayout, ...]:
@@ -59,7 +63,8 @@ class Batcher:
     def layout(self, plan: StepPlan) -> Layout:
         """The smallest bucket that holds the plan. Scored prompts use the largest, the only one compiled for it."""
         if plan.kind is StepKind.DECODE:
-            return self.decode[bisect_left(self.config.row_buckets, len(plan.slots))]
+            layouts = self.plain if self.plain and not plan.num_drafted else self.decode
+            return layouts[bisect_left(self.config.row_buckets, len(plan.slots))]
         if plan.prompt_logprobs:
             return self.prefill[-1]
         return self.prefill[bisect_left(self.config.token_buckets, plan.num_tokens)]

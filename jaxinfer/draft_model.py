@@ -26,6 +26,7 @@ class DraftModel(Drafter):
     model: Model
     num_drafted: int
     prompts_cost = True
+    sees_rounds = False
     num_caught_up = 256
 
     def new_state(self, num_pages: int, page_size: int) -> Any:

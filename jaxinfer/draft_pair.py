@@ -83,3 +83,8 @@ class DraftPair:
     def logits(self, params: Pair, hidden: jax.Array) -> jax.Array:
         """f32[R, V] of the target."""
         return self.target.logits(params.target, hidden)
+
+
+def has_plain_programs(model: Model | DraftPair) -> bool:
+    """Whether there are programs of the target alone beside those of the pair."""
+    return isinstance(model, DraftPair) and not model.drafter.sees_rounds

@@ -78,6 +78,10 @@ class Drafter(Protocol):
     """`observe_prefill` is work worth sparing where nothing will be proposed: it does not run in steps that are not
     `StepPlan.watched`, and rows whose prompts it has not seen are not asked for proposals before `catch_up`.
     """
+    sees_rounds: bool = True
+    """`observe_round` has something to do. Otherwise steps without proposals are programs of the target alone: each
+    array that a call takes costs time, 9 us on a CPU, and the drafter's parameters are many.
+    """
     num_caught_up: int = 0
     """Tokens of a row that `catch_up` takes at once; 0 where the drafter has no need of it."""
 

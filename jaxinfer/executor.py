@@ -12,9 +12,9 @@ from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import CatchUp, Seconds
-from jaxinfer.draft_pair import DraftPair
+from jaxinfer.draft_pair import DraftPair, Pair, has_plain_programs
 from jaxinfer.finite import NOT_FINITE
-from jaxinfer.layout import PrefillLayout, SpeculateLayout, result_width
+from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout, result_width
 from jaxinfer.model import Model
 from jaxinfer.programs import (
     APPEND,
@@ -76,7 +76,7 @@ class Executor:
         self._params = params
         self.config = config
         self._replicated = replicated
-        self._batcher = Batcher(config)
+        self._batcher = Batcher(config, has_plain_programs(model))
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._state: Any = self._new_state()
 
@@ -118,7 +118,9 @@ class Executor:
     def measure_rounds(self) -> Seconds:
         """What decode rounds take with and without proposals; for an engine that speculates, before it serves."""
         self._insist(True)
-        found = round_seconds.measure(self.config, self._batcher.speculate, self._timed)
+        speculate = self._batcher.speculate
+        layouts = zip(self._batcher.plain or speculate, speculate, strict=True)
+        found = round_seconds.measure(self.config, list(layouts), self._timed)
         self._insist(False)
         self._state = self._state._replace(rows=self._no_rows())
         return found
@@ -148,12 +150,11 @@ class Executor:
     def _insist(self, on: bool) -> None:
         self._state = self._state._replace(kv_pages=self.pair.insist(self._state.kv_pages, on))
 
-    def _timed(self, layout: SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
+    def _timed(self, layout: DecodeLayout | SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
         busy = round_seconds.busy_rows(self.config, self._no_rows(), self._replicated)
-        state, flat = jax.block_until_ready((self._state._replace(rows=busy), self._put(inputs)))
+        self._state = jax.block_until_ready(self._state._replace(rows=busy))
         began = time.perf_counter()
-        self._state, result = self._programs[decode_key(layout, form)](self._params, state, flat)
-        result.block_until_ready()
+        self._decode(layout, form, inputs).block_until_ready()
         return time.perf_counter() - began
 
     def dispatch(self, plan: StepPlan) -> InFlight:
@@ -173,11 +174,22 @@ class Executor:
             return self._prefill(plan, layout, flat)
         if isinstance(layout, SpeculateLayout) and plan.constrained:
             return self._propose(plan, layout, self._put(flat))
-        # The call takes the array of the host as it is: half the cost of a device_put before it.
-        program = self._programs[decode_key(layout, plan.sampler)]
-        self._state, result = program(self._params, self._state, flat)
+        result = self._decode(layout, plan.sampler, flat)
         result.copy_to_host_async()
         return InFlight(plan, result, [])
+
+    def _decode(self, layout: DecodeLayout | SpeculateLayout, form: SamplerForm, flat: np.ndarray) -> jax.Array:
+        """The results of a decode step with the inputs `flat`."""
+        # The call takes the array of the host as it is: half the cost of a device_put before it.
+        program = self._programs[decode_key(layout, form)]
+        if not self._batcher.plain or isinstance(layout, SpeculateLayout):
+            self._state, result = program(self._params, self._state, flat)
+            return result
+        params: Any = self._params
+        (pages, draft), rows = self._state
+        (pages, rows), result = program(params.target, steps.DeviceState(pages, rows), flat)
+        self._state = steps.DeviceState(Pair(pages, draft), rows)
+        return result
 
     def _prefill(self, plan: StepPlan, layout: PrefillLayout, flat: np.ndarray) -> InFlight:
         if plan.constrained:

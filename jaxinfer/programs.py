@@ -1,7 +1,7 @@
 """The declared set of compiled programs: everything that runs while serving, compiled before ready."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def prefill_key(layout: PrefillLayout) -> Key:
 
 
 def decode_key(layout: DecodeLayout | SpeculateLayout, form: SamplerForm) -> Key:
-    return ("decode", layout.num_rows, form)
+    return ("speculate" if isinstance(layout, SpeculateLayout) else "decode", layout.num_rows, form)
 
 
 APPEND, RULES, SCORE, LOGITS = ("append_pages",), ("enter_rules",), ("score",), ("logits",)
@@ -91,7 +91,7 @@ def largest(declared: Mapping[Key, Program]) -> list[Key]:
     scores and gives logits behind prefill, and what verifies proposals under masks.
     """
     prefill = next(key for key in declared if key[0] == "prefill")
-    decode = next(key for key in declared if key[0] == "decode" and key[2] is SamplerForm.FULL)
+    decode = next(key for key in declared if key[0] in ("speculate", "decode") and key[2] is SamplerForm.FULL)
     verify = [key for key in declared if key[0] == "verify"]
     return [prefill, decode, SAMPLE, SCORE, LOGITS, *verify[:1]]
 
@@ -134,9 +134,24 @@ def prefill_function(signature: Signature) -> Callable[..., Any]:
 
 
 def _decode(signature: Signature) -> Iterator[tuple[Key, Program]]:
-    for layout in reversed(signature.batcher.decode):
+    """Those that speculate first: they are larger."""
+    yield from _decode_steps(signature, signature.batcher.decode)
+    if signature.batcher.plain:
+        yield from _decode_steps(of_target(signature), signature.batcher.plain)
+
+
+def of_target(signature: Signature) -> Signature:
+    """Of a pair's target alone, with the same rows."""
+    pair: Any = signature.model
+    return replace(signature, model=pair.target, params=signature.params.target,
+                   state=signature.state._replace(kv_pages=signature.state.kv_pages.target))
+
+
+def _decode_steps(signature: Signature, layouts: Sequence[DecodeLayout | SpeculateLayout]
+                  ) -> Iterator[tuple[Key, Program]]:
+    for layout in reversed(layouts):
         speculates = isinstance(layout, SpeculateLayout)
-        step = speculative_step.speculate_step if speculates else steps.decode_step
+        step: Any = speculative_step.speculate_step if speculates else steps.decode_step
         for form in SamplerForm:
             yield decode_key(layout, form), Program(
                 f"{'speculate' if speculates else 'decode'} {layout.num_rows} rows, {form.name.lower()} sampler",

@@ -9,32 +9,46 @@ import numpy as np
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import RoundSeconds, Seconds
-from jaxinfer.layout import SpeculateLayout
+from jaxinfer.layout import DecodeLayout, SpeculateLayout
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
 
 CONTEXT = 128
 """Tokens of a row, or a quarter of max_model_len where that is less."""
-ROUNDS, REPEATS, LONG = 2, 2, 0.05
-"""Few: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer. Where a round takes less than
-LONG seconds, as many as a step may have share the cost of its dispatch, and there are three times the repeats.
+LONG, ROUNDS, REPEATS = 0.05, 2, 3
+"""64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer: where a round takes LONG seconds
+and more, a step has few ROUNDS and is not repeated. Elsewhere as many as a step may have share the cost of a dispatch.
 """
+PASSES = 2
+"""Over all programs: what ran first in a process, or beside a moment's other work, was up to twice as slow as later."""
 
-type Step = Callable[[SpeculateLayout, SamplerForm, np.ndarray], float]
+type Layouts = tuple[DecodeLayout | SpeculateLayout, SpeculateLayout]
+"""Of the programs for rounds without and with proposals of so many rows; they may be one program."""
+type Step = Callable[[DecodeLayout | SpeculateLayout, SamplerForm, np.ndarray], float]
 """Runs a step with these inputs on `busy_rows` and says how many seconds it took."""
 
 
-def measure(config: EngineConfig, layouts: Sequence[SpeculateLayout], step: Step) -> Seconds:
+def measure(config: EngineConfig, layouts: Sequence[Layouts], step: Step) -> Seconds:
     """Seconds of a round for each form and number of rows: the shortest of some steps, taken in turns."""
-    def seconds(layout: SpeculateLayout, form: SamplerForm) -> RoundSeconds:
-        kinds = (0, 1, layout.num_drafted)
-        first = max([step(layout, form, inputs_of(layout, 1, kind)) for kind in kinds])
-        most, repeats = (layout.max_rounds, 3 * REPEATS) if first < LONG else (ROUNDS, REPEATS)
-        rounds = max(min(layout.max_rounds, most, room(config) // (layout.num_drafted + 1)), 1)
-        taken = [[step(layout, form, inputs_of(layout, rounds, kind)) for kind in kinds] for _ in range(repeats)]
-        return RoundSeconds(*(min(kind) / rounds for kind in zip(*taken, strict=True)))
+    def turn(form: SamplerForm, both: Layouts, rounds: int) -> tuple[float, ...]:
+        plain, speculate = both
+        kinds = (plain, 0), (speculate, 1), (speculate, speculate.num_drafted)
+        return tuple(step(layout, form, inputs_of(layout, rounds, num_drafted)) / rounds
+                     for layout, num_drafted in kinds)
 
-    return {form: {layout.num_rows: seconds(layout, form) for layout in layouts} for form in SamplerForm}
+    def sizes(form: SamplerForm, both: Layouts) -> tuple[int, int]:
+        """Rounds of a step, and repeats."""
+        most = min(both[1].max_rounds, room(config) // (both[1].num_drafted + 1))
+        rounds, repeats = (most, REPEATS) if max(turn(form, both, 1)) < LONG else (min(ROUNDS, most), 1)
+        return max(rounds, 1), repeats
+
+    every = {(form, both): sizes(form, both) for form in SamplerForm for both in layouts}
+    taken = {one: [] for one in every}
+    for _ in range(PASSES):
+        for (form, both), (rounds, repeats) in every.items():
+            taken[form, both] += [turn(form, both, rounds) for _ in range(repeats)]
+    return {form: {both[1].num_rows: RoundSeconds(*map(min, zip(*taken[form, both], strict=True)))
+                   for both in layouts} for form in SamplerForm}  # fmt: skip
 
 
 def context(config: EngineConfig) -> int:
@@ -47,13 +61,15 @@ def room(config: EngineConfig) -> int:
     return config.max_model_len - context(config) - 1
 
 
-def inputs_of(layout: SpeculateLayout, rounds: int, num_drafted: int) -> np.ndarray:
+def inputs_of(layout: DecodeLayout | SpeculateLayout, rounds: int, num_drafted: int) -> np.ndarray:
     """i32[layout.size]: as many rows as there are slots for, no new pages."""
     flat = np.full(layout.size, layout.num_slots + 1, np.int32)
-    num_rounds, slots, drafted, _ = layout.views(flat)
+    num_rounds, slots, *drafted, _ = layout.views(flat)
     num_rows = min(layout.num_rows, layout.num_slots)
     slots[:num_rows] = np.arange(num_rows)
-    num_rounds[:], drafted[:] = rounds, num_drafted
+    num_rounds[:] = rounds
+    for each in drafted:
+        each[:] = num_drafted
     return flat
 
 

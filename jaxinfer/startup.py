@@ -33,7 +33,7 @@ from jaxinfer.compile_counter import CompileCounter
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.core import Core, ModelInfo
 from jaxinfer.draft_lengths import DraftLengths
-from jaxinfer.draft_pair import DraftPair
+from jaxinfer.draft_pair import DraftPair, has_plain_programs
 from jaxinfer.drafting import check_drafter, remote_drafts, with_drafter
 from jaxinfer.engine import Engine
 from jaxinfer.engine_thread import EngineThread
@@ -294,7 +294,7 @@ def abstract_signature(model: Decoder | DraftPair, params: Any, config: EngineCo
     rows = jax.tree.map(partial(programs.placed_struct, everywhere),
                         row_struct(model, config.max_num_seqs, config.max_pages_per_row))
     state = steps.DeviceState(model.cache(config.num_pages, config.page_size).struct(), rows)
-    return programs.Signature(model, params, state, Batcher(config), everywhere)
+    return programs.Signature(model, params, state, Batcher(config, has_plain_programs(model)), everywhere)
 
 
 def warm_up(executor: Executor, show_progress: bool) -> int:

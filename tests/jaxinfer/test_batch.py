@@ -1,5 +1,7 @@
 """What the host packs is what the device unpacks, for any plan."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 from counting import small_config
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout
+from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout
 from jaxinfer.types import MAX_STOP_IDS, RowInit, SamplerForm, StepKind, StepPlan
 
 CONFIG = small_config()
@@ -98,3 +100,14 @@ def test_each_plan_gets_the_smallest_bucket_that_holds_it():
     sizes = [BATCHER.layout(prefill(length)).num_tokens for length in (1, 8, 9, 32)]
     assert sizes == [8, 8, 32, 32]
     assert BATCHER.layout(prefill(1, prompt_logprobs=True)).num_tokens == 32
+
+
+def test_steps_with_proposals_and_plain_ones_have_layouts_of_their_own():
+    config = replace(CONFIG, num_speculative_tokens=2)
+    slots = tuple(range(config.row_buckets[0]))
+    plain = StepPlan(0, StepKind.DECODE, 1, SamplerForm.GREEDY, slots, ((),) * len(slots), (0,) * len(slots),
+                     (True,) * len(slots))  # fmt: skip
+    drafting = replace(plain, num_drafted=(2,) * len(slots))
+    assert isinstance(Batcher(config, plain_alone=True).layout(plain), DecodeLayout)
+    assert isinstance(Batcher(config, plain_alone=True).layout(drafting), SpeculateLayout)
+    assert isinstance(Batcher(config).layout(plain), SpeculateLayout)

@@ -80,7 +80,7 @@ def test_draft_verify_accept_and_sample_are_one_program(kind, forms):
                     (PromptLookup(3, config.max_num_seqs, 2**20), ()))  # fmt: skip
     executor = Executor(DraftPair(model, drafter), Pair(params, own), config, place)
     programs = {key: program for key, program in declare(executor.signature).items()
-                if key[0] == "decode" and key[2] in forms}  # fmt: skip
+                if key[0] == "speculate" and key[2] in forms}  # fmt: skip
     assert len(programs) == len(forms)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.signature.state))
     pages = executor.signature.state.kv_pages.target.nbytes
@@ -90,6 +90,23 @@ def test_draft_verify_accept_and_sample_are_one_program(kind, forms):
         assert analysis.alias_size_in_bytes >= state
         assert analysis.temp_size_in_bytes < pages / 8
         assert not re.search(r"\b(infeed|outfeed|send|recv|host)\b|callback", text)
+
+
+def test_steps_without_proposals_leave_a_draft_model_out():
+    """Its parameters and pages are no arguments of theirs; other drafters see every round."""
+    model = make_decoder(CONFIG, dtype=jnp.float32, page_size=16)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params, config = init_params(CONFIG, dtype=jnp.float32), replace(ENGINE, num_speculative_tokens=3)
+    both = Executor(DraftPair(model, DraftModel(model, 3)), Pair(params, params), config, place)
+    alone = Executor(model, params, ENGINE, place)
+    plain = [key for key in declare(both.signature) if key[0] == "decode"]
+    assert plain == [key for key in declare(alone.signature) if key[0] == "decode"]
+    for key in plain:
+        shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), declare(executor.signature)[key].arguments)
+                  for executor in (both, alone)]  # fmt: skip
+        assert shapes[0] == shapes[1]
+    lookup = Executor(DraftPair(model, PromptLookup(3, config.max_num_seqs, 256)), Pair(params, ()), config, place)
+    assert not any(key[0] == "decode" for key in declare(lookup.signature))
 
 
 WIDE = replace(CONFIG, vocab_size=20_000, num_layers=1, windows=(0,))
