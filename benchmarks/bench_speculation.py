@@ -35,10 +35,11 @@ from benchmarks.report import Result, exit_code, report
 from benchmarks.workloads import interleaved, is_quick, median_ratio
 from jaxinfer import LLM, SamplingParams, sampling, speculative_step, startup
 from jaxinfer.acceptance import keep, repeated
-from jaxinfer.draft_lengths import DraftLengths, RoundSeconds, seconds_of
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.executor import Executor
 from jaxinfer.loading import model_folder
 from jaxinfer.noise import Use, first_largest, keys_for, uniform
+from jaxinfer.round_clock import program_for
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import SamplerForm
 
@@ -178,7 +179,8 @@ def efficiency(size: Size, plain: Side, chance: float, num_drafted: int) -> list
         side = Side(llm, size.forced_output)
 
         def round_over_plain() -> float:  # between answers nothing runs, and no row is lost
-            seconds: RoundSeconds = seconds_of(executors[0].measure_rounds()[SamplerForm.GREEDY], 1)
+            by_size = executors[0].measure_rounds()[SamplerForm.GREEDY]
+            seconds = by_size[program_for(1, by_size)]
             return seconds.most / seconds.plain
 
         for each in (plain, side):

@@ -2,17 +2,18 @@
 
 Where each proposal is kept with chance a, a round of k of them brings 1 + a + .. + a^k tokens (Leviathan et al. 2023,
 arXiv:2211.17192, section 3.3). What a round takes is measured at start for each number of rows, so the best k is known
-before anything is drafted. A drafter may decline (prompt lookup without a match): rounds count in which any row had a
-proposal, and in those a row's proposals count as often as it had some. No jax here.
+before anything is drafted, and corrected in service (`round_clock`). A drafter may decline (prompt lookup without a
+match): rounds count in which any row had a proposal, and in those a row's proposals count as often as it had some. No
+jax here.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import NamedTuple
 
 from jaxinfer.acceptance_rate import AcceptanceRate
 from jaxinfer.config import EngineConfig
+from jaxinfer.round_clock import RoundClock, RoundSeconds, Seconds
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult
 
@@ -36,24 +37,11 @@ an eighth of its target's size, a prompt in 32 is under half a percent of prefil
 """
 
 
-@dataclass(frozen=True, slots=True)
-class RoundSeconds:
-    """What a round takes: without proposals, with one a row, and with the most."""
-
-    plain: float
-    one: float
-    most: float
-
-
 class CatchUp(NamedTuple):
     """What it takes to have the drafter compute so many tokens that it was not shown."""
 
     tokens: int
     seconds: float
-
-
-type Seconds = Mapping[SamplerForm, Mapping[int, RoundSeconds]]
-"""By sampler and number of rows that programs are compiled for, smallest first."""
 
 
 class Judged(NamedTuple):
@@ -73,7 +61,7 @@ class DraftLengths:
 
     def __init__(self, most: int, seconds: Seconds | None = None, catch_up: CatchUp | None = None):
         self.most = most
-        self._seconds = seconds
+        self._clock = None if seconds is None else RoundClock(most, seconds)
         self._catch_up = catch_up
         self._unseen = 0  # rows begun since the last that the drafter sees
         self._all = AcceptanceRate()
@@ -89,9 +77,9 @@ class DraftLengths:
         """Whether the drafter is to compute the prompt of a row that begins now as one of so many: whether proposals
         for all of them would pay for it, and for the row's first `num_unseen` tokens, which it has to catch up with.
         """
-        if self._seconds is None or self._catch_up is None:
+        if self._clock is None or self._catch_up is None:
             return True
-        seconds = seconds_of(self._seconds[seq.form], num_rows)
+        seconds = self._clock.seconds(seq.form, num_rows)
         chance = seq.acceptance.chance(self._all.chance(PRIOR, PRIOR_WEIGHT), ROW_WEIGHT)
         rounds, missing = num_drafting(seq) / num_rows, self._catching_up(num_unseen) + self._beside(seq)
         watched = self._saved(seconds, chance) * rounds > missing
@@ -105,9 +93,9 @@ class DraftLengths:
         or one, if it is time to try. rounds: of a step that would draft.
         """
         behind = [seq for seq in rows if not self._follows(seq)]
-        if not behind or self._seconds is None or self._catch_up is None:
+        if not behind or self._clock is None or self._catch_up is None:
             return []
-        seconds = seconds_of(self._seconds[max(seq.form for seq in rows)], len(rows))
+        seconds = self._clock.seconds(max(seq.form for seq in rows), len(rows))
         cost = self._costs(seconds)
         best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:
@@ -156,7 +144,7 @@ class DraftLengths:
 
     def choose(self, rows: list[Sequence], rounds: int, form: SamplerForm, ready: Collection[Sequence] = ()) -> None:
         """For a step of so many rounds with this sampler. ready: rows that the drafter will have caught up with."""
-        if self._seconds is None:
+        if self._clock is None:
             for seq in rows:
                 seq.num_drafted = self.most
             return
@@ -165,7 +153,7 @@ class DraftLengths:
         followed = [seq for seq in rows if self._follows(seq) or seq in ready]
         if not followed:
             return
-        cost = self._costs(seconds_of(self._seconds[form], len(rows)))
+        cost = self._costs(self._clock.seconds(form, len(rows)))
         best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
         if not best_of_all:  # whatever is kept
             return
@@ -173,6 +161,8 @@ class DraftLengths:
         length = self._length(cost, followed, chances, len(rows))
         if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
             length, chances = best_of_all, [1.0] * len(followed)
+        elif length and self._clock.is_check_due(form, len(rows)):
+            length = 0
         for seq, chance in zip(followed, chances, strict=True):
             seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
 
@@ -194,13 +184,14 @@ class DraftLengths:
 
     def _costs(self, seconds: RoundSeconds) -> list[float]:
         """Of a round with 0, 1, .. proposals a row, in plain rounds."""
-        more = (seconds.most - seconds.one) / max(self.most - 1, 1)
-        return [1.0, *((seconds.one + more * i) / seconds.plain for i in range(self.most))]
+        return [seconds.of(length, self.most) / seconds.plain for length in range(self.most + 1)]
 
     def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> list[Judged]:
         """From a step, before its rows take in their tokens; the rounds with proposals."""
         if plan.kind is StepKind.DECODE:
             self._plain_rounds = 0 if plan.num_drafted else self._plain_rounds + plan.num_rounds
+        if self._clock is not None:
+            self._time(self._clock, plan, result)
         found: list[Judged] = []
         for seq, num_drafted, counts, made, ids in zip(rows, plan.num_drafted, result.round_counts, result.made_counts,
                                                        result.tokens, strict=False):
@@ -210,6 +201,18 @@ class DraftLengths:
                     self._learn_round(seq, one)
                 found += [one for one in judged if one.made]
         return found
+
+    def _time(self, clock: RoundClock, plan: StepPlan, result: StepResult) -> None:
+        """Steps whose rounds all ran, with nothing beside them."""
+        seconds = result.seconds
+        if seconds is None or plan.kind is not StepKind.DECODE or plan.constrained or plan.caught_up:
+            clock.skip()
+            return
+        lengths = lengths_of_rounds(plan, result)
+        if len(lengths) == plan.num_rounds:
+            clock.add(plan.sampler, len(plan.slots), lengths, seconds)
+        else:
+            clock.skip()
 
     def _learn_round(self, seq: Sequence, round_: Judged) -> None:
         seq.making.add(1, round_.made > 0, REMEMBERED_OF_ROW)
@@ -234,9 +237,13 @@ def judged_rounds(seq: Sequence, num_drafted: int, counts: list[int], made_count
     return found
 
 
-def seconds_of(by_size: Mapping[int, RoundSeconds], num_rows: int) -> RoundSeconds:
-    """Of the smallest program that holds the rows."""
-    return next(seconds for size, seconds in by_size.items() if size >= num_rows)
+def lengths_of_rounds(plan: StepPlan, result: StepResult) -> list[int]:
+    """Most proposals of a row in each round that ran."""
+    if not plan.num_drafted:
+        return [0] * max(map(len, result.tokens), default=0)
+    rounds = max(map(len, result.made_counts), default=0)
+    return [max((made[index] for made in result.made_counts if index < len(made)), default=0)
+            for index in range(rounds)]
 
 
 def best_length(cost: list[float], chances: list[float], shares: list[float]) -> int:

@@ -63,6 +63,7 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._masks = Masks()
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
+        self._read_at: float | None = None  # when the last step was read, if the one in flight was dispatched before
         self._waited = 0.0  # seconds of the present step in which the device, or a drafter elsewhere, was waited for
 
     @property
@@ -132,6 +133,8 @@ class Engine:
         finished, self._in_flight = self._in_flight, dispatched
         if finished is not None:
             self._commit(finished, chunks)
+        else:
+            self._read_at = None
         if dispatched is not None and dispatched.unfinished is not None:
             chunks += self._sample(dispatched, dispatched.unfinished)
         return finished is not None
@@ -153,6 +156,7 @@ class Engine:
         result = self.runner.read(step)
         now = self._clock()
         self._waited += now - began
+        result.seconds, self._read_at = None if self._read_at is None else now - self._read_at, now
         self.scheduler.commit(step.plan, result, now, chunks)
         if self._remote is not None:
             self._remote.tell()

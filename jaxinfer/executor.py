@@ -11,7 +11,7 @@ import numpy as np
 from jaxinfer import round_seconds, row_state, steps
 from jaxinfer.batch import Batcher, pack_rules
 from jaxinfer.config import EngineConfig
-from jaxinfer.draft_lengths import CatchUp, Seconds
+from jaxinfer.draft_lengths import CatchUp
 from jaxinfer.draft_pair import DraftPair, Pair, has_plain_programs
 from jaxinfer.finite import NOT_FINITE
 from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout, result_width
@@ -36,6 +36,7 @@ from jaxinfer.programs import (
     verify_key,
 )
 from jaxinfer.results import RowLogprobs, read_scores
+from jaxinfer.round_clock import Seconds
 from jaxinfer.types import CaughtUp, SamplerForm, StepKind, StepPlan, StepResult, TokenLogprobs, mask_width
 
 CATCH_UPS = 3

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.draft_lengths import RoundSeconds, Seconds
 from jaxinfer.layout import DecodeLayout, SpeculateLayout
+from jaxinfer.round_clock import RoundSeconds, Seconds
 from jaxinfer.row_state import RowState
 from jaxinfer.types import SamplerForm
 

@@ -305,6 +305,7 @@ class StepResult:
     round_counts: per row, its tokens in each round that it took part in; empty where none could bring more than one.
     made_counts: per row, the proposals made for it in each of those rounds.
     broken: rows that computed NaN or infinity; their tokens, if any, are from before it.
+    seconds: from the end of the step before, behind which the device went on at once; None where it had nothing to do.
     """
 
     tokens: list[list[int]]
@@ -313,6 +314,7 @@ class StepResult:
     round_counts: Sequence[list[int]] = ()
     made_counts: Sequence[list[int]] = ()
     broken: Sequence[int] = ()
+    seconds: float | None = None
 
 
 @dataclass(slots=True)

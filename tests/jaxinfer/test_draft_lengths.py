@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer import draft_lengths
-from jaxinfer.draft_lengths import CatchUp, DraftLengths, RoundSeconds
+from jaxinfer.draft_lengths import CatchUp, DraftLengths
+from jaxinfer.round_clock import RoundClock, RoundSeconds
 from jaxinfer.sequence import Sequence
 from jaxinfer.types import Request, SamplerForm, SamplingParams, StepKind, StepPlan, StepResult
 
@@ -269,7 +270,41 @@ def test_the_length_is_the_best_of_all(most, chance, first, more, num_rows):
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 64])
 def test_rounds_are_those_of_the_program_that_runs(num_rows):
     by_size = {2: CHEAP, 8: DEAR, 64: RoundSeconds(3.0, 4.0, 5.0)}
-    assert draft_lengths.seconds_of(by_size, num_rows) is by_size[next(size for size in by_size if size >= num_rows)]
+    clock = RoundClock(MOST, dict.fromkeys(SamplerForm, by_size))
+    assert clock.seconds(SamplerForm.FULL, num_rows) == by_size[2 if num_rows <= 2 else 8 if num_rows <= 8 else 64]
+
+
+def in_service(drafts: DraftLengths, rows: list[Sequence], truth: RoundSeconds, counts: list[int], steps: int
+               ) -> list[int]:  # fmt: skip
+    """Proposals of each step, where the machine's rounds take what `truth` says and it is slower and slower."""
+    size, found = len(rows), []
+    for step in range(steps):
+        (length,) = set(chosen(drafts, rows, len(counts)))
+        found.append(length)
+        tokens = counts if length else [1] * len(counts)
+        plan = StepPlan(0, StepKind.DECODE, len(counts), SamplerForm.GREEDY, tuple(range(size)), ((),) * size,
+                        (2,) * size, (True,) * size, num_drafted=(length,) * size if length else ())  # fmt: skip
+        drafts.learn(rows, plan, StepResult(
+            [[7] * sum(tokens)] * size, round_counts=[tokens] * size, made_counts=[[length] * len(tokens)] * size,
+            seconds=len(counts) * truth.of(length, MOST) * (1 + step / 20)))
+    return found
+
+
+@pytest.mark.parametrize(("start", "truth", "pays"), [(CHEAP, DEAR, False), (DEAR, CHEAP, True), (CHEAP, CHEAP, True)])
+def test_what_was_measured_at_start_is_corrected_in_service(start, truth, pays):
+    """However it errs by up to four times, and whatever the machine does to plain rounds and others alike."""
+    mild = RoundSeconds(start.plain, *((one + 2 * start.plain) / 2 for one in (start.one, start.most)))
+    drafts, rows = lengths(mild), sequences(2)
+    found = in_service(drafts, rows, truth, [4] * 8, 2000)
+    share = sum(length > 0 for length in found[-1000:]) / 1000
+    assert share > 0.95 if pays else share < 0.05
+
+
+def test_steps_with_proposals_are_compared_with_plain_ones_now_and_then():
+    drafts, rows = lengths(CHEAP), sequences(1)
+    found = in_service(drafts, rows, CHEAP, [5] * 8, 600)
+    checks = [index for index, length in enumerate(found) if not length]
+    assert checks == [8, 25, 58, 123, 252, 381, 510]
 
 
 def lapsed(rows: list[Sequence], gap: int) -> list[Sequence]:

@@ -136,6 +136,29 @@ def test_steps_that_keep_failing_end_the_engine(executor):
     assert len(calls) == MAX_FAILURES
 
 
+def test_steps_are_timed_from_the_end_of_the_one_before(executor):
+    """But for one behind which the device had nothing: it may have waited for work."""
+    now, taken = 0.0, []
+    engine = new_engine(executor, clock=lambda: now)
+
+    def read(step):
+        nonlocal now
+        now += 1.0 + len(taken)
+        return executor.read(step)
+
+    def commit(plan, result, *rest, real=engine.scheduler.commit):
+        taken.append(result.seconds)
+        return real(plan, result, *rest)
+
+    engine.runner, engine.scheduler.commit = Spy(executor, executor.dispatch, read), commit
+    for index in range(2):
+        engine.add(request(str(index), [1], 12))
+        run(engine)
+        now += 100.0
+    half, every = len(taken) // 2, [float(number) for number in range(1, len(taken) + 1)]
+    assert half > 2 and taken == [None, *every[1:half], None, *every[half + 1:]]
+
+
 def test_failures_far_apart_do_not_end_the_engine(executor):
     now, fails = 0.0, False
     engine = new_engine(executor, clock=lambda: now)

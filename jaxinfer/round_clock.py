@@ -1,0 +1,110 @@
+"""What decode rounds take, from what was measured at start and from what steps take in service. No jax here.
+
+A start may be unlucky (beside a moment's other work rounds took twice their time), contexts grow, and the host's part
+of a step was not in it. What counts for drafting is one ratio, a round with proposals over a plain one, and it is
+corrected where a plain step and one with proposals follow each other: a machine that is slow for both changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from jaxinfer.types import SamplerForm
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSeconds:
+    """What a round takes: without proposals, with one a row, and with the most."""
+
+    plain: float
+    one: float
+    most: float
+
+    def of(self, length: int, most: int) -> float:
+        """With so many proposals a row, 0 to `most`."""
+        if not length:
+            return self.plain
+        return self.one + (self.most - self.one) / max(most - 1, 1) * (length - 1)
+
+
+type Seconds = Mapping[SamplerForm, Mapping[int, RoundSeconds]]
+"""By sampler and number of rows that programs are compiled for, smallest first."""
+
+START_WEIGHT, REMEMBERED = 2.0, 16.0
+"""Comparisons that the measurement at start is worth, and those that are remembered."""
+FURTHEST = 3.0
+"""Times that a single comparison may differ from what is known: a step that waited for something else says nothing."""
+FIRST_CHECK, RAREST_CHECK = 8, 128
+"""Steps with proposals after which plain ones are due, if there were none: twice as many each time. Every plain step
+that would have had proposals loses what they bring, and a draft model has to catch up with it.
+"""
+CHECK_STEPS = 2
+"""At most: the next step is planned before the first has been read."""
+
+
+@dataclass(slots=True)
+class Correction:
+    """Of one program. factor: of rounds with proposals over what was measured. weight: comparisons behind it.
+    drafting: steps with proposals planned since the last plain one; check: after so many a plain one is due.
+    """
+
+    factor: float = 1.0
+    weight: float = START_WEIGHT
+    drafting: int = 0
+    check: int = FIRST_CHECK
+
+    def had_plain(self) -> None:
+        if self.drafting > self.check:
+            self.check = min(2 * self.check, RAREST_CHECK)
+        self.drafting = 0
+
+    def add(self, factor: float) -> None:
+        factor = min(max(factor, self.factor / FURTHEST), self.factor * FURTHEST)
+        self.weight = min(self.weight + 1.0, REMEMBERED)
+        self.factor *= (factor / self.factor) ** (1 / self.weight)
+
+
+class RoundClock:
+    """most: proposals of a row in a round. seconds: as measured at start."""
+
+    def __init__(self, most: int, seconds: Seconds):
+        self._most = most
+        self._seconds = seconds
+        self._corrections: dict[tuple[SamplerForm, int], Correction] = {}
+        self._before: tuple[tuple[SamplerForm, int], bool, float] | None = None
+
+    def seconds(self, form: SamplerForm, num_rows: int) -> RoundSeconds:
+        """Of the smallest program that holds the rows."""
+        size = program_for(num_rows, self._seconds[form])
+        found, factor = self._seconds[form][size], self._correction(form, size).factor
+        return RoundSeconds(found.plain, found.one * factor, found.most * factor)
+
+    def is_check_due(self, form: SamplerForm, num_rows: int) -> bool:
+        """Asked for each step that is worth proposals: whether it should have none, to compare it with the others."""
+        correction = self._correction(form, program_for(num_rows, self._seconds[form]))
+        if correction.drafting == correction.check + CHECK_STEPS:  # they could not be timed
+            correction.had_plain()
+        correction.drafting += 1
+        return correction.drafting > correction.check
+
+    def add(self, form: SamplerForm, num_rows: int, lengths: list[int], seconds: float) -> None:
+        """A step took `seconds` from the end of the one before to its own, for rounds with so many proposals a row."""
+        size, drafts = program_for(num_rows, self._seconds[form]), any(lengths)
+        found, program, correction = self._seconds[form][size], (form, size), self._correction(form, size)
+        if not drafts:
+            correction.had_plain()
+        ratio = seconds / sum(found.of(length, self._most) for length in lengths)
+        before, self._before = self._before, (program, drafts, ratio)
+        if before is not None and before[0] == program and before[1] != drafts:
+            correction.add(ratio / before[2] if drafts else before[2] / ratio)
+
+    def skip(self) -> None:
+        """A step that says nothing: what comes next has nothing to be compared with."""
+        self._before = None
+
+    def _correction(self, form: SamplerForm, size: int) -> Correction:
+        return self._corrections.setdefault((form, size), Correction())
+
+
+def program_for(num_rows: int, sizes: Iterable[int]) -> int:
+    """The smallest that holds the rows."""
+    return next(size for size in sizes if size >= num_rows)
