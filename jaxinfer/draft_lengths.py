@@ -9,6 +9,7 @@ jax here.
 
 import math
 from collections.abc import Collection
+from functools import lru_cache
 from typing import NamedTuple
 
 from jaxinfer.acceptance_rate import AcceptanceRate
@@ -96,8 +97,7 @@ class DraftLengths:
         if not behind or self._clock is None or self._catch_up is None:
             return []
         seconds = self._clock.seconds(max(seq.form for seq in rows), len(rows))
-        cost = self._costs(seconds)
-        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
+        cost, best_of_all = costs_of(seconds, self.most)
         if not best_of_all:
             return []
         saved = self._saved(seconds, self._all.chance(PRIOR, PRIOR_WEIGHT)) / len(rows)
@@ -125,7 +125,7 @@ class DraftLengths:
 
     def _saved(self, seconds: RoundSeconds, chance: float) -> float:
         """Seconds of a plain round that drafting spares; 0 where it does not pay."""
-        cost = self._costs(seconds)
+        cost, _ = costs_of(seconds, self.most)
         length = best_length(cost, [chance], [1.0])
         rate = sum(chance**i for i in range(length + 1)) / cost[length]
         return seconds.plain * (1 - 1 / rate)
@@ -153,8 +153,7 @@ class DraftLengths:
         followed = [seq for seq in rows if self._follows(seq) or seq in ready]
         if not followed:
             return
-        cost = self._costs(self._clock.seconds(form, len(rows)))
-        best_of_all = best_length(cost, [1.0] * len(rows), [1.0] * len(rows))
+        cost, best_of_all = costs_of(self._clock.seconds(form, len(rows)), self.most)
         if not best_of_all:  # whatever is kept
             return
         chances = self._chances(followed)
@@ -181,10 +180,6 @@ class DraftLengths:
         made = [seq.making.chance(overall, ROW_WEIGHT) for seq in rows]
         any_made = 1.0 - math.prod(1.0 - one for one in made)
         return [one / any_made for one in made]
-
-    def _costs(self, seconds: RoundSeconds) -> list[float]:
-        """Of a round with 0, 1, .. proposals a row, in plain rounds."""
-        return [seconds.of(length, self.most) / seconds.plain for length in range(self.most + 1)]
 
     def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> list[Judged]:
         """From a step, before its rows take in their tokens; the rounds with proposals."""
@@ -244,6 +239,15 @@ def lengths_of_rounds(plan: StepPlan, result: StepResult) -> list[int]:
     rounds = max(map(len, result.made_counts), default=0)
     return [max((made[index] for made in result.made_counts if index < len(made)), default=0)
             for index in range(rounds)]
+
+
+@lru_cache(maxsize=64)
+def costs_of(seconds: RoundSeconds, most: int) -> tuple[list[float], int]:
+    """Of a round with 0, 1, .. `most` proposals a row, in plain rounds; and the best number if all were kept, whatever
+    the number of rows. Asked in every step.
+    """
+    cost = [seconds.of(length, most) / seconds.plain for length in range(most + 1)]
+    return cost, best_length(cost, [1.0], [1.0])
 
 
 def best_length(cost: list[float], chances: list[float], shares: list[float]) -> int:

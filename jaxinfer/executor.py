@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -154,9 +155,14 @@ class Executor:
     def _timed(self, layout: DecodeLayout | SpeculateLayout, form: SamplerForm, inputs: np.ndarray) -> float:
         busy = round_seconds.busy_rows(self.config, self._no_rows(), self._replicated)
         self._state = jax.block_until_ready(self._state._replace(rows=busy))
-        began = time.perf_counter()
-        self._decode(layout, form, inputs).block_until_ready()
-        return time.perf_counter() - began
+        running, ends = self._decode(layout, form, inputs), []
+        for _ in range(round_seconds.STEPS - 1):
+            behind = self._decode(layout, form, inputs)
+            running.block_until_ready()
+            ends.append(time.perf_counter())
+            running = behind
+        running.block_until_ready()
+        return min(end - begin for begin, end in pairwise(ends))
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts the step and returns at once; the arrays in the result are futures."""

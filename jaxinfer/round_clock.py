@@ -42,11 +42,13 @@ CHECK_STEPS = 2
 
 
 @dataclass(slots=True)
-class Correction:
-    """Of one program. factor: of rounds with proposals over what was measured. weight: comparisons behind it.
-    drafting: steps with proposals planned since the last plain one; check: after so many a plain one is due.
+class ProgramClock:
+    """Of the programs for so many rows. at_start: as measured. seconds: as corrected by `weight` comparisons. drafting:
+    steps with proposals planned since the last plain one; check: after so many a plain one is due.
     """
 
+    at_start: RoundSeconds
+    seconds: RoundSeconds
     factor: float = 1.0
     weight: float = START_WEIGHT
     drafting: int = 0
@@ -57,10 +59,13 @@ class Correction:
             self.check = min(2 * self.check, RAREST_CHECK)
         self.drafting = 0
 
-    def add(self, factor: float) -> None:
+    def correct(self, factor: float) -> None:
+        """factor: of rounds with proposals over what was measured, plain ones as long as measured."""
         factor = min(max(factor, self.factor / FURTHEST), self.factor * FURTHEST)
         self.weight = min(self.weight + 1.0, REMEMBERED)
         self.factor *= (factor / self.factor) ** (1 / self.weight)
+        start = self.at_start
+        self.seconds = RoundSeconds(start.plain, start.one * self.factor, start.most * self.factor)
 
 
 class RoundClock:
@@ -68,41 +73,39 @@ class RoundClock:
 
     def __init__(self, most: int, seconds: Seconds):
         self._most = most
-        self._seconds = seconds
-        self._corrections: dict[tuple[SamplerForm, int], Correction] = {}
-        self._before: tuple[tuple[SamplerForm, int], bool, float] | None = None
+        self._programs = {form: {size: ProgramClock(found, found) for size, found in by_size.items()}
+                          for form, by_size in seconds.items()}  # fmt: skip
+        self._before: tuple[ProgramClock, bool, float] | None = None
 
     def seconds(self, form: SamplerForm, num_rows: int) -> RoundSeconds:
         """Of the smallest program that holds the rows."""
-        size = program_for(num_rows, self._seconds[form])
-        found, factor = self._seconds[form][size], self._correction(form, size).factor
-        return RoundSeconds(found.plain, found.one * factor, found.most * factor)
+        return self._program(form, num_rows).seconds
 
     def is_check_due(self, form: SamplerForm, num_rows: int) -> bool:
         """Asked for each step that is worth proposals: whether it should have none, to compare it with the others."""
-        correction = self._correction(form, program_for(num_rows, self._seconds[form]))
-        if correction.drafting == correction.check + CHECK_STEPS:  # they could not be timed
-            correction.had_plain()
-        correction.drafting += 1
-        return correction.drafting > correction.check
+        program = self._program(form, num_rows)
+        if program.drafting == program.check + CHECK_STEPS:  # they could not be timed
+            program.had_plain()
+        program.drafting += 1
+        return program.drafting > program.check
 
     def add(self, form: SamplerForm, num_rows: int, lengths: list[int], seconds: float) -> None:
         """A step took `seconds` from the end of the one before to its own, for rounds with so many proposals a row."""
-        size, drafts = program_for(num_rows, self._seconds[form]), any(lengths)
-        found, program, correction = self._seconds[form][size], (form, size), self._correction(form, size)
+        program, drafts = self._program(form, num_rows), any(lengths)
         if not drafts:
-            correction.had_plain()
-        ratio = seconds / sum(found.of(length, self._most) for length in lengths)
+            program.had_plain()
+        ratio = seconds / sum(program.at_start.of(length, self._most) for length in lengths)
         before, self._before = self._before, (program, drafts, ratio)
-        if before is not None and before[0] == program and before[1] != drafts:
-            correction.add(ratio / before[2] if drafts else before[2] / ratio)
+        if before is not None and before[0] is program and before[1] != drafts:
+            program.correct(ratio / before[2] if drafts else before[2] / ratio)
 
     def skip(self) -> None:
         """A step that says nothing: what comes next has nothing to be compared with."""
         self._before = None
 
-    def _correction(self, form: SamplerForm, size: int) -> Correction:
-        return self._corrections.setdefault((form, size), Correction())
+    def _program(self, form: SamplerForm, num_rows: int) -> ProgramClock:
+        programs = self._programs[form]
+        return programs[program_for(num_rows, programs)]
 
 
 def program_for(num_rows: int, sizes: Iterable[int]) -> int:

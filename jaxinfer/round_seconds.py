@@ -15,9 +15,13 @@ from jaxinfer.types import SamplerForm
 
 CONTEXT = 128
 """Tokens of a row, or a quarter of max_model_len where that is less."""
-LONG, ROUNDS, REPEATS = 0.05, 2, 3
-"""64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer: where a round takes LONG seconds
-and more, a step has few ROUNDS and is not repeated. Elsewhere as many as a step may have share the cost of a dispatch.
+LONG, FEWEST_ROUNDS = 0.05, 2
+"""A step has as many rounds as fit into LONG seconds, so that they share the cost of its dispatch as in service, and at
+least so many: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer.
+"""
+STEPS = 4
+"""One behind the other, each dispatched while the one before runs: on a CPU that takes a core from it. Those between
+the first and the last count.
 """
 PASSES = 2
 """Over all programs: what ran first in a process, or beside a moment's other work, was up to twice as slow as later."""
@@ -25,7 +29,7 @@ PASSES = 2
 type Layouts = tuple[DecodeLayout | SpeculateLayout, SpeculateLayout]
 """Of the programs for rounds without and with proposals of so many rows; they may be one program."""
 type Step = Callable[[DecodeLayout | SpeculateLayout, SamplerForm, np.ndarray], float]
-"""Runs a step with these inputs on `busy_rows` and says how many seconds it took."""
+"""Runs STEPS steps with these inputs on `busy_rows` and says how many seconds the shortest that counts took."""
 
 
 def measure(config: EngineConfig, layouts: Sequence[Layouts], step: Step) -> Seconds:
@@ -36,17 +40,16 @@ def measure(config: EngineConfig, layouts: Sequence[Layouts], step: Step) -> Sec
         return tuple(step(layout, form, inputs_of(layout, rounds, num_drafted)) / rounds
                      for layout, num_drafted in kinds)
 
-    def sizes(form: SamplerForm, both: Layouts) -> tuple[int, int]:
-        """Rounds of a step, and repeats."""
-        most = min(both[1].max_rounds, room(config) // (both[1].num_drafted + 1))
-        rounds, repeats = (most, REPEATS) if max(turn(form, both, 1)) < LONG else (min(ROUNDS, most), 1)
-        return max(rounds, 1), repeats
+    def rounds_of(form: SamplerForm, both: Layouts) -> int:
+        most = min(both[1].max_rounds, room(config) // STEPS // (both[1].num_drafted + 1))
+        fitting = int(LONG / max(turn(form, both, 1)))
+        return max(min(max(fitting, FEWEST_ROUNDS), most), 1)
 
-    every = {(form, both): sizes(form, both) for form in SamplerForm for both in layouts}
+    every = {(form, both): rounds_of(form, both) for form in SamplerForm for both in layouts}
     taken = {one: [] for one in every}
     for _ in range(PASSES):
-        for (form, both), (rounds, repeats) in every.items():
-            taken[form, both] += [turn(form, both, rounds) for _ in range(repeats)]
+        for (form, both), rounds in every.items():
+            taken[form, both].append(turn(form, both, rounds))
     return {form: {both[1].num_rows: RoundSeconds(*map(min, zip(*taken[form, both], strict=True)))
                    for both in layouts} for form in SamplerForm}  # fmt: skip
 
