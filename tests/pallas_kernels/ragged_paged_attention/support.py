@@ -1,5 +1,6 @@
 """What the tests of ragged paged attention share: running a case, and the errors of an answer."""
 
+import os
 from typing import Any
 
 import jax
@@ -16,6 +17,20 @@ from pallas_kernels.ragged_paged_attention.cases import AttentionCase, Attention
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 SMOKE = dict.fromkeys(("kernel_mixed_everything_int8_head_128", "kernel_verify_bfloat16_head_64"), pytest.mark.smoke)
 """Of the cases that an interpreter runs, those that the next jax has to pass too."""
+
+
+EVERY_CASE = os.environ.get("PALLAS_KERNELS_EVERY_CASE") == "1"
+"""Whether interpreters run all cases."""
+
+
+def for_interpreters(cases: list[AttentionCase]) -> list[AttentionCase]:
+    """Of each option the mixed step, which has rows of every kind, and in turns the one of decoding rows alone or that
+    of verifying rows alone: in an interpreter a case takes 2 to 10 s of a core.
+    """
+    options = list(dict.fromkeys(name.removeprefix("kernel_mixed_") for name in (case.name for case in cases)
+                                 if name.startswith("kernel_mixed_")))
+    left_out = {f"{'kernel_verify' if index % 2 else 'kernel_decode'}_{option}" for index, option in enumerate(options)}
+    return [case for case in cases if EVERY_CASE or case.name not in left_out]
 
 
 def options_of(case: AttentionCase, inputs: AttentionInputs) -> dict:

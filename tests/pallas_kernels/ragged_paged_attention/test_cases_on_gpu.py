@@ -5,7 +5,13 @@ import pytest
 from pallas_kernels import Unsupported
 from pallas_kernels.ragged_paged_attention.cases import CASES, AttentionCase, make_inputs
 from tests.pallas_kernels.interpreters import gpu_interpreter_without_races
-from tests.pallas_kernels.ragged_paged_attention.support import SMOKE, assert_right, is_kernel_shape, run
+from tests.pallas_kernels.ragged_paged_attention.support import (
+    SMOKE,
+    assert_right,
+    for_interpreters,
+    is_kernel_shape,
+    run,
+)
 
 # wgmma multiplies bfloat16
 SERVED = [case for case in CASES if is_kernel_shape(case) and "float32" not in (case.dtype, case.kv_dtype)]
@@ -14,7 +20,7 @@ SERVED = [case for case in CASES if is_kernel_shape(case) and "float32" not in (
 # Matrix rows of tokens that are not the unit's, poison among them, are multiplied and dropped; what is kept is checked.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=SMOKE.get(case.name, ())) for case in SERVED]
+    "case", [pytest.param(case, id=case.name, marks=SMOKE.get(case.name, ())) for case in for_interpreters(SERVED)]
 )
 def test_case(case: AttentionCase):
     inputs = make_inputs(case)

@@ -5,11 +5,18 @@ import pytest
 from pallas_kernels import Unsupported
 from pallas_kernels.ragged_paged_attention.cases import CASES, AttentionCase, make_inputs
 from tests.pallas_kernels.interpreters import DMA_MODES, DmaMode, tpu_interpreter_without_races
-from tests.pallas_kernels.ragged_paged_attention.support import SMOKE, assert_right, is_kernel_shape, run
+from tests.pallas_kernels.ragged_paged_attention.support import (
+    SMOKE,
+    assert_right,
+    for_interpreters,
+    is_kernel_shape,
+    run,
+)
 
 SERVED = [case for case in CASES if is_kernel_shape(case)]
+RUN = for_interpreters(SERVED)
 # A case takes 2.5 s of a core and more, most of it to compile the interpreter's program: every fourth in both modes.
-WANTED = [(case, mode) for i, case in enumerate(SERVED) for mode in DMA_MODES[: 2 if i % 4 == 0 else 1]]
+WANTED = [(case, mode) for i, case in enumerate(RUN) for mode in DMA_MODES[: 2 if i % 4 == 0 else 1]]
 
 
 @pytest.mark.parametrize(
