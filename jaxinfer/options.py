@@ -106,7 +106,7 @@ LIMIT_OPTIONS = (
     Option("max_stop_bytes", count, 256, "bytes of a stop string"),
     Option("max_logprobs", count, 20, "log-probabilities at each position, at most 20"),
     Option("max_logit_bias", count, 300, "ids in logit_bias"),
-    Option("max_bad_words", count, 32, "bad words, at most 32"),
+    Option("max_bad_words", count, 300, "bad words, at most 300"),
     Option("max_schema_bytes", count, 64 * 1024, "bytes of a JSON schema"),
     Option("max_grammar_bytes", count, 64 * 1024, "bytes of a grammar"),
     Option("max_regex_bytes", count, 16 * 1024, "bytes of a regular expression"),

@@ -19,37 +19,39 @@ LONG, FEWEST_ROUNDS = 0.05, 2
 """A step has as many rounds as fit into LONG seconds, so that they share the cost of its dispatch as in service, and at
 least so many: 64 rows on a CPU take 0.1 s a round, and all of it comes before the first answer.
 """
-STEPS = 4
-"""One behind the other, each dispatched while the one before runs: on a CPU that takes a core from it. Those between
-the first and the last count.
+FEWEST_STEPS, MOST_STEPS, ALL_STEPS = 4, 8, 0.3
+"""One behind the other, each dispatched while the one before runs: on a CPU that takes a core from it. As many as fit
+into ALL_STEPS seconds; those between the first and the last count, together, as the end of each is seen a bit late.
 """
 PASSES = 2
 """Over all programs: what ran first in a process, or beside a moment's other work, was up to twice as slow as later."""
 
 type Layouts = tuple[DecodeLayout | SpeculateLayout, SpeculateLayout]
 """Of the programs for rounds without and with proposals of so many rows; they may be one program."""
-type Step = Callable[[DecodeLayout | SpeculateLayout, SamplerForm, np.ndarray], float]
-"""Runs STEPS steps with these inputs on `busy_rows` and says how many seconds the shortest that counts took."""
+type Step = Callable[[DecodeLayout | SpeculateLayout, SamplerForm, np.ndarray, int], float]
+"""Runs so many steps with these inputs on `busy_rows`; seconds that one took, but for the first and the last."""
 
 
 def measure(config: EngineConfig, layouts: Sequence[Layouts], step: Step) -> Seconds:
     """Seconds of a round for each form and number of rows: the shortest of some steps, taken in turns."""
-    def turn(form: SamplerForm, both: Layouts, rounds: int) -> tuple[float, ...]:
+    def turn(form: SamplerForm, both: Layouts, rounds: int, steps: int) -> tuple[float, ...]:
         plain, speculate = both
         kinds = (plain, 0), (speculate, 1), (speculate, speculate.num_drafted)
-        return tuple(step(layout, form, inputs_of(layout, rounds, num_drafted)) / rounds
+        return tuple(step(layout, form, inputs_of(layout, rounds, num_drafted), steps) / rounds
                      for layout, num_drafted in kinds)
 
-    def rounds_of(form: SamplerForm, both: Layouts) -> int:
-        most = min(both[1].max_rounds, room(config) // STEPS // (both[1].num_drafted + 1))
-        fitting = int(LONG / max(turn(form, both, 1)))
-        return max(min(max(fitting, FEWEST_ROUNDS), most), 1)
+    def sizes(form: SamplerForm, both: Layouts) -> tuple[int, int]:
+        """Rounds of a step, and steps."""
+        most = min(both[1].max_rounds, room(config) // MOST_STEPS // (both[1].num_drafted + 1))
+        longest = max(turn(form, both, 1, FEWEST_STEPS))
+        rounds = max(min(max(int(LONG / longest), FEWEST_ROUNDS), most), 1)
+        return rounds, min(max(int(ALL_STEPS / (rounds * longest)), FEWEST_STEPS), MOST_STEPS)
 
-    every = {(form, both): rounds_of(form, both) for form in SamplerForm for both in layouts}
+    every = {(form, both): sizes(form, both) for form in SamplerForm for both in layouts}
     taken = {one: [] for one in every}
     for _ in range(PASSES):
-        for (form, both), rounds in every.items():
-            taken[form, both].append(turn(form, both, rounds))
+        for (form, both), (rounds, steps) in every.items():
+            taken[form, both].append(turn(form, both, rounds, steps))
     return {form: {both[1].num_rows: RoundSeconds(*map(min, zip(*taken[form, both], strict=True)))
                    for both in layouts} for form in SamplerForm}  # fmt: skip
 

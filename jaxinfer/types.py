@@ -34,7 +34,7 @@ def mask_width(vocab_size: int) -> int:
 
 
 
-MAX_BAD_WORDS = 32
+MAX_BAD_WORDS = 300
 MAX_BAD_WORD_SPELLINGS = 2 * MAX_BAD_WORDS
 MAX_BAD_WORD_TOKENS = 16
 """Of one spelling; each word has two, at the beginning and behind a space. The device keeps so much for every row."""

@@ -45,7 +45,7 @@ ACCEPTED = {
     "logit_bias": [None, {}, {0: 100, 99: -100.0}, {np.int64(5): np.float32(1)}, ((7, 1.0),)],
     "allowed_token_ids": [None, [0], (99, 5), np.array([4, 5])],
     "banned_token_ids": [None, [0, 0], (99,)],
-    "bad_words": [None, [], "a", ["a"] * 32, ("é" * 32,)],
+    "bad_words": [None, [], "a", ["a"] * 300, ("é" * 32,)],
 }
 
 REFUSED = {
@@ -73,7 +73,7 @@ REFUSED = {
                    ((5, 1.0), (5, 2.0)), {1.5: 0}, np.array([1.0, 2.0]), np.array(5), [5] * 200],
     "allowed_token_ids": [[], [100], [-1], [1.5], 5, "5"],
     "banned_token_ids": [[], [100], [True], {1}],
-    "bad_words": [["a"] * 33, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
+    "bad_words": [["a"] * 301, [""], " ", "a" * 65, [1], 5, b"a", ["\ud800"]],
     "structured_outputs": [[], {"json": {}}, "[0-9]+", 0, False],
 }
 

@@ -250,7 +250,7 @@ def test_settings_out_of_range(options: dict, words: str):
 @pytest.mark.parametrize(("field", "most", "over"), [
     ("n", 16, 17), ("stop", ["s" * 256] * 16, ["s"] * 17), ("stop", ["s" * 256], ["s" * 257]), ("logprobs", 20, 21),
     ("logit_bias", dict.fromkeys(range(257), 1.0), dict.fromkeys(range(301), 1.0)),
-    ("bad_words", ["w"] * 32, ["w"] * 33), ("temperature", 2.0, 2.1), ("top_k", 257, 258), ("seed", 2**63 - 1, None),
+    ("bad_words", ["w"] * 300, ["w"] * 301), ("temperature", 2.0, 2.1), ("top_k", 257, 258), ("seed", 2**63 - 1, None),
     ("presence_penalty", -2.0, -2.1),
 ])
 def test_fields_at_their_limit_and_beyond(field: str, most: Any, over: Any):

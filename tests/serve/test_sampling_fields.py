@@ -48,7 +48,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"allowed_token_ids": [-1]}, ["allowed_token_ids", "-1"]),
     ({"banned_token_ids": [300]}, ["banned_token_ids", "300"]),
     ({"bad_words": [" "]}, ["bad_words", "blank"]),
-    ({"bad_words": ["x"] * 33}, ["bad_words", "33", "32"]),
+    ({"bad_words": ["x"] * 301}, ["bad_words", "301", "300"]),
     ({"bad_words": "seventeen letters"}, ["bad_words", "17 tokens", "16"]),
     ({"allowed_token_ids": [98], "banned_token_ids": [98]}, ["allowed_token_ids", "banned_token_ids"]),
     ({"structured_outputs": {}}, ["structured_outputs", "exactly one of", "none"]),
