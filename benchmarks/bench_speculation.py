@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.report import Result, exit_code, report
-from benchmarks.workloads import interleaved, is_quick, median_ratio
+from benchmarks.workloads import interleaved, is_quick, median_ratio, ratios
 from jaxinfer import LLM, SamplingParams, sampling, speculative_step, startup
 from jaxinfer.acceptance import keep, repeated
 from jaxinfer.draft_lengths import DraftLengths
@@ -112,7 +112,7 @@ class Side:
 
 
 def shipped(size: Size) -> list[Result]:
-    ratios: dict[int, list[float]] = {rows: [] for rows in size.rows}
+    found: dict[int, list[float]] = {rows: [] for rows in size.rows}
     counts: dict[int, Counter[int]] = {rows: Counter() for rows in size.rows}
     texts = beginnings()
     for start in range(size.starts):
@@ -124,10 +124,10 @@ def shipped(size: Size) -> list[Result]:
             sides = {name: Side(llms[name], size.output, texts[first:] + texts[:first]) for name in names}
             for rows, rounds in zip(size.rows, size.rounds, strict=True):
                 before = llms["drafting"].metrics()
-                ratios[rows] += ratios_of(sides, rows, rounds)
+                found[rows] += ratios_of(sides, rows, rounds)
                 counts[rows] += rounds_between(before, llms["drafting"].metrics())
     return [result for rows in size.rows for result in
-            (Result(f"{rows} rows, drafting / plain", statistics.median(ratios[rows]), "x", 0.98, better="higher"),
+            (Result(f"{rows} rows, drafting / plain", statistics.median(found[rows]), "x", 0.98, better="higher"),
              *accepted(f"{rows} rows", counts[rows]))]  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def ratios_of(sides: dict[str, Side], rows: int, rounds: int) -> list[float]:
     for side in sides.values():  # the first calls of a process are slower
         side.tokens_a_second(rows)
     rates = interleaved(rounds, {name: lambda side=side: side.tokens_a_second(rows) for name, side in sides.items()})
-    return [one / other for one, other in zip(rates["drafting"], rates["plain"], strict=True)]
+    return ratios(rates["drafting"], rates["plain"])
 
 
 def rounds_between(before: dict, after: dict) -> Counter[int]:

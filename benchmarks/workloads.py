@@ -42,9 +42,13 @@ def interleaved(rounds: int, contenders: Mapping[str, Callable[[], float]]) -> d
     return found
 
 
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Of each round: its halves ran next to each other, so noise hit both."""
+    return [one / other for one, other in zip(above, below, strict=True)]
+
+
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the rounds' ratios: the halves of a round ran next to each other, so noise hit both."""
-    return statistics.median(one / other for one, other in zip(above, below, strict=True))
+    return statistics.median(ratios(above, below))
 
 
 def is_quick(description: str | None, argv: Sequence[str] | None = None) -> bool:

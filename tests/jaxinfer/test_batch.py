@@ -8,9 +8,19 @@ from counting import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.batch import Batcher
-from jaxinfer.layout import DecodeLayout, PrefillLayout, SpeculateLayout
-from jaxinfer.types import MAX_STOP_IDS, RowInit, SamplerForm, StepKind, StepPlan
+from jaxinfer.batch import Batcher, pack_rules
+from jaxinfer.layout import DecodeLayout, PrefillLayout, RulesLayout, SpeculateLayout
+from jaxinfer.types import (
+    MAX_BAD_WORD_SPELLINGS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_STOP_IDS,
+    RowInit,
+    Ruled,
+    SamplerForm,
+    StepKind,
+    StepPlan,
+    TokenRules,
+)
 
 CONFIG = small_config()
 BATCHER = Batcher(CONFIG)
@@ -111,3 +121,12 @@ def test_steps_with_proposals_and_plain_ones_have_layouts_of_their_own():
     assert isinstance(Batcher(config, plain_alone=True).layout(plain), DecodeLayout)
     assert isinstance(Batcher(config, plain_alone=True).layout(drafting), SpeculateLayout)
     assert isinstance(Batcher(config).layout(plain), SpeculateLayout)
+
+
+def test_all_bad_words_that_a_request_may_have_reach_the_device():
+    words = tuple((2, *range(3, 3 + index % (MAX_BAD_WORD_TOKENS - 1)), index)
+                  for index in range(MAX_BAD_WORD_SPELLINGS))
+    flat = pack_rules(1, Ruled(TokenRules(bad_words=words), (1,), ()), 1024)
+    slot, row = RulesLayout(1024).unpack(jnp.asarray(flat))
+    assert int(slot) == 1
+    assert [tuple(id for id in word if id >= 0) for word in np.asarray(row.bad_words).tolist()] == list(words)

@@ -292,7 +292,7 @@ def in_service(drafts: DraftLengths, rows: list[Sequence], truth: RoundSeconds, 
 
 @pytest.mark.parametrize(("start", "truth", "pays"), [(CHEAP, DEAR, False), (DEAR, CHEAP, True), (CHEAP, CHEAP, True)])
 def test_what_was_measured_at_start_is_corrected_in_service(start, truth, pays):
-    """However it errs by up to four times, and whatever the machine does to plain rounds and others alike."""
+    """Where it errs by three times, and whatever the machine does to plain rounds and others alike."""
     mild = RoundSeconds(start.plain, *((one + 2 * start.plain) / 2 for one in (start.one, start.most)))
     drafts, rows = lengths(mild), sequences(2)
     found = in_service(drafts, rows, truth, [4] * 8, 2000)

@@ -272,4 +272,3 @@ def test_a_prompt_that_says_it_is_short_is_counted():
 
     with pytest.raises(InvalidRequest, match="has 500 tokens"):
         checked_prompt(Shy(), Limits(vocab_size=100, max_model_len=64))
-

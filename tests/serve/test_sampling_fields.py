@@ -12,6 +12,7 @@ from serving import Served, eventually, serving
 from jaxinfer.types import SamplingParams, StructuredOutput
 from serve.client import AsyncClient, request_message, structured_output_message
 from serve.protos.jaxinfer.v1 import generation_pb2 as pb
+from serve.served_core import INLINE_CHARS, work_size
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 HOSTILE = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{count}}}"} for count in range(5, 25)]}
@@ -171,3 +172,8 @@ def test_the_async_client(served: Served):
                 client.stream("ab", structured_outputs={"json": {}, "regex": "a"})
 
     asyncio.run(use())
+
+
+def test_many_bad_words_are_made_tokens_in_a_thread():
+    few, many = (SamplingParams(bad_words=["no"] * count) for count in (3, 300))
+    assert work_size([1], few) <= INLINE_CHARS < work_size([1], many)

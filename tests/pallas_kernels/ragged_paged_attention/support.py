@@ -27,8 +27,8 @@ def for_interpreters(cases: list[AttentionCase]) -> list[AttentionCase]:
     """Of each option the mixed step, which has rows of every kind, and in turns the one of decoding rows alone or that
     of verifying rows alone: in an interpreter a case takes 2 to 10 s of a core.
     """
-    options = list(dict.fromkeys(name.removeprefix("kernel_mixed_") for name in (case.name for case in cases)
-                                 if name.startswith("kernel_mixed_")))
+    mixed = "kernel_mixed_"
+    options = [case.name.removeprefix(mixed) for case in cases if case.name.startswith(mixed)]
     left_out = {f"{'kernel_verify' if index % 2 else 'kernel_decode'}_{option}" for index, option in enumerate(options)}
     return [case for case in cases if EVERY_CASE or case.name not in left_out]
 
