@@ -32,6 +32,8 @@ PROBE_SHARE = 0.01
 """Of the time: what trying again may cost while only bad acceptance speaks against drafting."""
 PROBE_STEPS = 2
 """Steps of a probe: the next is planned before the first has been read."""
+RESTING = 64
+"""Plain rounds for which a no stands while no row comes or goes: what it follows from hardly changes in them."""
 PROBE_ROWS = 32
 """Of so many rows that begin where only bad acceptance speaks against drafting, the drafter sees one: to a draft model
 an eighth of its target's size, a prompt in 32 is under half a percent of prefill.
@@ -53,6 +55,13 @@ class Judged(NamedTuple):
     known: bool
 
 
+class No(NamedTuple):
+    """An answer: no proposals for so many rows. until: the number of plain rounds up to which it stands."""
+
+    num_rows: int
+    until: int
+
+
 class DraftLengths:
     """Sets `Sequence.num_drafted` before a decode step and learns from what came of it.
 
@@ -68,6 +77,7 @@ class DraftLengths:
         self._all = AcceptanceRate()
         self._making = AcceptanceRate()  # of rounds that wanted proposals, those that had any
         self._plain_rounds = 0  # since the last step with proposals
+        self._no = No(0, 0)
 
     @staticmethod
     def of(config: EngineConfig) -> "DraftLengths | None":
@@ -151,19 +161,28 @@ class DraftLengths:
         for seq in rows:
             seq.num_drafted = 0
         followed = [seq for seq in rows if self._follows(seq) or seq in ready]
-        if not followed:
-            return
         cost, best_of_all = costs_of(self._clock.seconds(form, len(rows)), self.most)
-        if not best_of_all:  # whatever is kept
-            return
+        possible = best_of_all if followed else 0  # whatever is kept
         chances = self._chances(followed)
-        length = self._length(cost, followed, chances, len(rows))
-        if not length and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[best_of_all] - 1):
-            length, chances = best_of_all, [1.0] * len(followed)
-        elif length and self._clock.is_check_due(form, len(rows)):
-            length = 0
+        length = self._length(cost, followed, chances, len(rows)) if possible else 0
+        if length:
+            if self._clock.is_check_due(form, len(rows)):
+                return
+        elif possible and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[possible] - 1):
+            length, chances = possible, [1.0] * len(followed)
+        else:
+            self._no = No(len(rows), self._plain_rounds + RESTING)
+            return
         for seq, chance in zip(followed, chances, strict=True):
-            seq.num_drafted = min(length, worth_making(chance, self.most)) if length else 0
+            seq.num_drafted = min(length, worth_making(chance, self.most))
+
+    def rests(self, num_rows: int) -> bool:
+        """Whether the last answer for so many rows was no, and still is: then none is asked for."""
+        return self._no.num_rows == num_rows and self._plain_rounds < self._no.until
+
+    def wake(self) -> None:
+        """What a no follows from has changed."""
+        self._no = No(0, 0)
 
     def _chances(self, rows: list[Sequence]) -> list[float]:
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
@@ -183,8 +202,12 @@ class DraftLengths:
 
     def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> list[Judged]:
         """From a step, before its rows take in their tokens; the rounds with proposals."""
-        if plan.kind is StepKind.DECODE:
-            self._plain_rounds = 0 if plan.num_drafted else self._plain_rounds + plan.num_rounds
+        if plan.kind is StepKind.DECODE and not plan.num_drafted:
+            self._plain_rounds += plan.num_rounds
+        else:
+            self.wake()
+            if plan.num_drafted:
+                self._plain_rounds = 0
         if self._clock is not None:
             self._time(self._clock, plan, result)
         found: list[Judged] = []

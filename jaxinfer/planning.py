@@ -76,16 +76,21 @@ def advance_speculating(plan: Planning, rounds: int, drafts: bool) -> tuple[list
     sampler = sampler_of(rows)
     for seq in rows:
         sees = watched and (seq.num_drafted > 0 or not drafts)  # beside rows that draft, rounds may end up plain
-        if not sees and seq.watched and seq.seen is None:
+        if seq.watched and not sees and seq.seen is None:
             seq.seen = max(seq.certain - 1, 0)  # a draft model may lack the last
-        seq.take_off(rounds, rounds * (1 + seq.num_drafted * drafts))
+        seq.take_off(rounds, rounds * (1 + seq.num_drafted) if drafts else rounds)
     return slots, starts, sampler
 
 
 def sampler_of(rows: list[Sequence]) -> SamplerForm:
     """The smallest sampler that covers decode rows that speculate."""
-    return max((SamplerForm.FULL if seq.certain < seq.full_below else seq.form for seq in rows),
-               default=SamplerForm.GREEDY)
+    sampler = SamplerForm.GREEDY
+    for seq in rows:
+        if seq.certain < seq.full_below:
+            return SamplerForm.FULL
+        if seq.form > sampler:
+            sampler = seq.form
+    return sampler
 
 
 def to_decode(running: list[Sequence], *, speculating: bool) -> list[Sequence]:
@@ -95,10 +100,15 @@ def to_decode(running: list[Sequence], *, speculating: bool) -> list[Sequence]:
     return [seq for seq in running if seq.decoding and seq.planned < seq.end]
 
 
-def choose_lengths(plan: Planning, rows: list[Sequence], ready: Collection[Sequence], drafts: DraftLengths) -> None:
-    """How much is drafted for each row. ready: those that the drafter will have seen by then."""
+def choose_lengths(plan: Planning, rows: list[Sequence], late: list[Sequence], ready: Collection[Sequence],
+                   drafts: DraftLengths) -> None:  # fmt: skip
+    """How much is drafted for each row. late: those that the drafter is to catch up with. ready: of them those that it
+    will have seen by then.
+    """
     drafts.choose(rows, plan.rounds, sampler_of(rows), ready)
     plan.drafts = any(seq.num_drafted for seq in rows)
+    if late:
+        drafts.wake()
 
 
 def most_left(rows: list[Sequence], *, speculating: bool) -> int:

@@ -7,6 +7,7 @@ and one with proposals follow each other: a machine that is slow for both change
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxinfer.types import SamplerForm
 
@@ -68,6 +69,19 @@ class ProgramClock:
         self.seconds = RoundSeconds(start.plain, start.one * self.factor, start.most * self.factor)
 
 
+class TimedStep(NamedTuple):
+    """lengths: of its rounds, the most proposals of a row. seconds: of all of them."""
+
+    program: ProgramClock
+    drafts: bool
+    lengths: list[int]
+    seconds: float
+
+    def over_start(self, most: int) -> float:
+        """Its seconds over what its rounds took at start."""
+        return self.seconds / sum(self.program.at_start.of(length, most) for length in self.lengths)
+
+
 class RoundClock:
     """most: proposals of a row in a round. seconds: as measured at start."""
 
@@ -75,7 +89,7 @@ class RoundClock:
         self._most = most
         self._programs = {form: {size: ProgramClock(found, found) for size, found in by_size.items()}
                           for form, by_size in seconds.items()}  # fmt: skip
-        self._before: tuple[ProgramClock, bool, float] | None = None
+        self._before: TimedStep | None = None
 
     def seconds(self, form: SamplerForm, num_rows: int) -> RoundSeconds:
         """Of the smallest program that holds the rows."""
@@ -91,13 +105,13 @@ class RoundClock:
 
     def add(self, form: SamplerForm, num_rows: int, lengths: list[int], seconds: float) -> None:
         """A step took `seconds` from the end of the one before to its own, for rounds with so many proposals a row."""
-        program, drafts = self._program(form, num_rows), any(lengths)
-        if not drafts:
-            program.had_plain()
-        ratio = seconds / sum(program.at_start.of(length, self._most) for length in lengths)
-        before, self._before = self._before, (program, drafts, ratio)
-        if before is not None and before[0] is program and before[1] != drafts:
-            program.correct(ratio / before[2] if drafts else before[2] / ratio)
+        step = TimedStep(self._program(form, num_rows), any(lengths), lengths, seconds)
+        before, self._before = self._before, step
+        if not step.drafts:
+            step.program.had_plain()
+        if before is not None and before.program is step.program and before.drafts != step.drafts:
+            drafting, plain = (step, before) if step.drafts else (before, step)
+            step.program.correct(drafting.over_start(self._most) / plain.over_start(self._most))
 
     def skip(self) -> None:
         """A step that says nothing: what comes next has nothing to be compared with."""

@@ -170,14 +170,14 @@ class Scheduler:
         rows = to_decode(self._running, speculating=self._drafts is not None)
         if not rows:
             return
-        drafts = None if self._num_prefilling else self._drafts
+        drafts = None if self._num_prefilling or (self._drafts and self._drafts.rests(len(rows))) else self._drafts
         late = drafts.late(rows, self.config.max_decode_rounds) if drafts else []
         ready = ready_of(late, plan.budget)
         busy = self._waiting or self._num_prefilling or self._num_constrained or len(ready) < len(late)
         if not (plan.single or busy):
             plan.rounds = min(self.config.max_decode_rounds, most_left(rows, speculating=self._drafts is not None))
         if drafts:
-            choose_lengths(plan, rows, ready, drafts)
+            choose_lengths(plan, rows, late, ready, drafts)
         short = short_of_pages(plan, rows)
         if not plan.is_least and num_missing(plan, short, self.pool.page_size) > self.pool.num_free:
             plan.rounds, plan.drafts = 1, False
@@ -241,7 +241,7 @@ class Scheduler:
         if stop == known:
             seq.decoding = True
             if self._drafts:
-                seq.take_off(1, 1)
+                seq.take_off_first()
             self._num_prefilling -= 1
 
     def _admit(self, plan: Planning) -> None:

@@ -95,22 +95,25 @@ class Sequence:
         """Of a decode row that speculates: tokens that the steps in flight bring at most."""
         return sum(most for _, most in self.flights)
 
+    def take_off_first(self) -> None:
+        """The chunk of the last known token is planned, which samples one."""
+        self.flights.append((1, 1))
+        self.certain = self.planned
+
     def take_off(self, fewest: int, most: int) -> None:
-        """A step is planned that samples so many tokens."""
+        """A step of a decode row is planned that samples so many tokens."""
         self.flights.append((fewest, most))
-        self._bound()
+        self._bound(self.certain + fewest, self.planned + most)
 
     def land(self) -> None:
         """The oldest step that samples has brought its tokens."""
-        del self.flights[0]
-        self._bound()
+        fewest, most = self.flights.pop(0)
+        if fewest < most:  # otherwise they were counted already
+            known = len(self.tokens) - 1
+            self._bound(known + sum(fewest for fewest, _ in self.flights), known + self.num_in_flight)
 
-    def _bound(self) -> None:
-        certain = planned = len(self.tokens) - 1
-        for fewest, most in self.flights:
-            certain += fewest
-            planned += most
-        end = self.end  # no calls of min(): this runs twice a step for each row
+    def _bound(self, certain: int, planned: int) -> None:
+        end = self.end  # no calls of min(): this runs in every step for each row
         self.certain = certain if certain < end else end
         self.planned = planned if planned < end else end
 

@@ -307,6 +307,33 @@ def test_steps_with_proposals_are_compared_with_plain_ones_now_and_then():
     assert checks == [8, 25, 58, 123, 252, 381, 510]
 
 
+def test_a_no_stands_until_something_changes():
+    drafts, rows = lengths(DEAR), sequences(2)
+    assert not drafts.rests(2), "nothing was asked"
+    assert chosen(drafts, rows) == [0] * 2
+    assert drafts.rests(2) and not drafts.rests(1) and not drafts.rests(3)
+    teach_often(drafts, rows, [1] * 8, draft_lengths.RESTING // 8 - 1, num_drafted=0)
+    assert drafts.rests(2)
+    teach(drafts, rows, [1] * 8, num_drafted=0)
+    assert not drafts.rests(2), "it is asked for again now and then"
+    for num_drafted in (MOST, 0):
+        chosen(drafts, rows)
+        assert drafts.rests(2)
+        if num_drafted:
+            teach(drafts, rows, [1] * 8, num_drafted)
+        else:
+            drafts.learn(rows, StepPlan(0, StepKind.PREFILL, 1, SamplerForm.GREEDY, (0,), ((1,),), (0,), (True,)),
+                         StepResult([[7]]))  # fmt: skip
+        assert not drafts.rests(2), "steps with proposals teach, and behind prefill rows begin"
+
+
+def test_a_plain_step_that_only_compares_is_no_rest():
+    drafts, rows = lengths(CHEAP), sequences(1)
+    while chosen(drafts, rows) != [0]:
+        teach(drafts, rows, [5] * 8)
+    assert not drafts.rests(1)
+
+
 def lapsed(rows: list[Sequence], gap: int) -> list[Sequence]:
     """Rows that the drafter has seen, but for their last tokens."""
     for seq in rows:

@@ -3,12 +3,13 @@
 import pytest
 from scheduler_device import make_config, make_request
 
-from jaxinfer.draft_lengths import DraftLengths
+from jaxinfer.draft_lengths import CatchUp, DraftLengths
 from jaxinfer.page_pool import PagePool, block_hashes
 from jaxinfer.planning import ready_of
+from jaxinfer.round_clock import RoundSeconds
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sequence import Sequence
-from jaxinfer.types import StepPlan, StepResult
+from jaxinfer.types import SamplerForm, StepPlan, StepResult
 
 PAGE = 4
 
@@ -126,6 +127,25 @@ def test_the_gap_that_plain_steps_left_is_caught_up_with():
     run(scheduler)
     pages = scheduler.pool.match(block_hashes([*range(9), *[7] * 30], PAGE, ("", "")))
     assert scheduler.pool.num_watched(pages) == len(pages) == 9
+
+
+def test_a_row_left_by_a_burst_is_drafted_for_while_steps_are_planned_ahead():
+    """As the engine does: each step is planned before the one in flight is committed."""
+    cheap, dear = RoundSeconds(1.0, 1.1, 1.4), RoundSeconds(1.0, 5.0, 6.0)
+    drafts = DraftLengths(3, {form: {2: cheap, 4: dear} for form in SamplerForm}, CatchUp(256, 1.0))
+    scheduler = new_scheduler(drafts, max_decode_rounds=4, max_model_len=400, num_pages=400)
+    for index in range(4):
+        scheduler.add(make_request(str(index), range(index, 9 + index), max_tokens=200 if index == 3 else 9))
+    plans, in_flight = [], None
+    while scheduler.has_work and len(plans) < 40:
+        plan = scheduler.plan()
+        if in_flight is not None:
+            commit(scheduler, in_flight)
+        in_flight = plan
+        plans.append(plan)
+    caught_up = next(index for index, plan in enumerate(plans) if plan and plan.caught_up)
+    steps = [(plan.num_rounds, bool(plan.num_drafted)) for plan in plans[caught_up - 2:caught_up + 1]]
+    assert steps == [(4, False), (1, False), (4, True)], "behind one round one token is in flight, then it drafts"
 
 
 def test_a_row_that_is_not_drafted_for_beside_others_lapses():
