@@ -156,9 +156,9 @@ def test_prompts_are_computed_where_proposals_would_pay():
 def test_a_row_in_so_many_is_seen_to_learn_what_acceptance_is_now():
     drafts, (row,) = DraftLengths(MOST, BURST, CHUNK), sequences(1)
     teach_often(drafts, sequences(1), [1] * 8, 400)
-    seen = [index for index in range(100) if drafts.watches(row, 4, 0)]
+    seen = [index for index in range(400) if drafts.watches(row, 4, 0)]
     assert seen == [draft_lengths.PROBE_ROWS * n - 1 for n in (1, 2, 3)]
-    assert not any(drafts.watches(row, 40, 0) for _ in range(100)), "even kept whole, they would not pay"
+    assert not any(drafts.watches(row, 40, 0) for _ in range(400)), "even kept whole, they would not pay"
     assert drafts.watches(row, 4, 0)
 
 
