@@ -3,7 +3,8 @@
 Shipped pair: `LLM(draft_model="demo-draft")` against the same LLM without it, beginnings of files of Python's standard
 library, in turns. How much is drafted is the engine's own choice, so where proposals do not pay the ratio should be 1.
 All are started several times, for two equal LLMs of one process differ, which no number of turns takes out; a second
-LLM without drafts, measured in the same way, tells by how much.
+LLM without drafts, measured in the same way, tells by how much. The same pair that always drafts says how much of it is
+kept, and what the engine's choice is worth.
 
 Forced acceptance: one row; each proposal is kept with a given chance, whatever was proposed (what is said is nonsense,
 what is computed is not), and all k are always made. Efficiency is the measured speed-up over what the tokens of a round
@@ -23,7 +24,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from benchmarks.report import Result, exit_code, report
 from benchmarks.workloads import interleaved, is_quick, median_ratio, ratios
 from jaxinfer import LLM, SamplingParams, sampling, speculative_step, startup
 from jaxinfer.acceptance import keep, repeated
+from jaxinfer.config import EngineConfig
 from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.executor import Executor
 from jaxinfer.loading import model_folder
@@ -51,7 +53,7 @@ PREFIX = 200
 @dataclass(frozen=True, slots=True)
 class Size:
     """rows, rounds: of the shipped pair, and pairs of runs for each, in every one of so many starts. output: tokens a
-    row. drafted: most proposals.
+    row. drafted: most proposals. always: pairs of runs with the shipped pair that always drafts.
     forced: chances and numbers of proposals; forced_rounds, forced_output: pairs of runs for each, and their tokens,
     many, as prefill is not what proposals speed up. copies, own_text: of prompt lookup. heads: pairs of runs with
     them. step_tokens: most tokens of a step; fewer are fewer programs.
@@ -63,6 +65,7 @@ class Size:
     starts: int
     output: int
     drafted: int
+    always: int
     forced: tuple[tuple[float, int], ...]
     forced_rounds: int
     forced_output: int
@@ -72,9 +75,9 @@ class Size:
     step_tokens: int
 
 
-FULL = Size("demo", (1, 4, 16, 64), (21, 21, 11, 11), 5, 128, 4,
+FULL = Size("demo", (1, 4, 16, 64), (21, 21, 11, 11), 5, 128, 4, 9,
             tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 15, 320, 9, 21, 21, 256)  # fmt: skip
-QUICK = Size("demo-draft", (1,), (1,), 1, 16, 2, ((0.6, 2),), 1, 16, 1, 0, 0, 8)  # equal engines compile once
+QUICK = Size("demo-draft", (1,), (1,), 1, 16, 2, 1, ((0.6, 2),), 1, 16, 1, 0, 0, 8)  # equal engines compile once
 
 
 def new_llm(size: Size, num_rows: int, num_drafted: int = 0, speculation: str = "draft_model") -> LLM:
@@ -136,6 +139,29 @@ def shipped(size: Size) -> list[Result]:
              *accepted(f"{rows} rows", counts[rows]))]  # fmt: skip
 
 
+@contextmanager
+def always_drafting(num_drafted: int) -> Iterator[list[Executor]]:
+    """LLMs started inside make so many proposals in every round; gives their executors."""
+    started: list[Executor] = []
+
+    def lengths(executor: Executor, config: EngineConfig, say: Callable[[str], None]) -> DraftLengths:
+        started.append(executor)
+        return DraftLengths(num_drafted)
+
+    with mock.patch.object(startup, "measured_drafts", lengths):
+        yield started
+
+
+def shipped_always(size: Size) -> list[Result]:
+    """The shipped pair if nobody chose how much is drafted, up to 16 rows."""
+    sizes = [rows for rows in size.rows if rows <= 16]
+    with new_llm(size, max(sizes)) as plain, always_drafting(size.drafted), \
+            new_llm(size, max(sizes), size.drafted) as drafting:  # fmt: skip
+        return [one for rows in sizes for one in
+                beside_plain(f"{rows} rows, always drafting", size.always, plain, drafting, beginnings(), size.output,
+                             rows=rows)]  # fmt: skip
+
+
 def ratios_of(side: Side, plain: Side, rows: int, rounds: int) -> list[float]:
     """Of so many pairs of runs, the side's rate over plain."""
     sides = {"plain": plain, "side": side}
@@ -163,7 +189,6 @@ def accepted(name: str, counts: Counter[int]) -> list[Result]:
 @contextmanager
 def forced(chance: float, num_drafted: int) -> Iterator[list[Executor]]:
     """LLMs started inside keep each proposal with this chance and always make all; gives their executors."""
-    started: list[Executor] = []
 
     def accept(logits, drafted, rows, positions, form):
         num_rows, width, vocab_size = logits.shape
@@ -172,11 +197,7 @@ def forced(chance: float, num_drafted: int) -> Iterator[list[Executor]]:
         keys = keys_for(Use.ACCEPTANCE, repeated(rows, width - 1).key)
         return keep(uniform(keys, every.reshape(-1)).reshape(every.shape) < chance, drafted, own)
 
-    def always(executor, config, say):
-        started.append(executor)
-        return DraftLengths(num_drafted)
-
-    with mock.patch.object(speculative_step, "accept", accept), mock.patch.object(startup, "measured_drafts", always):
+    with mock.patch.object(speculative_step, "accept", accept), always_drafting(num_drafted) as started:
         yield started
 
 
@@ -268,20 +289,18 @@ def whole_files() -> list[str]:
 
 
 def beside_plain(name: str, rounds: int, plain: LLM, drafting: LLM, prompts: list, output: int,
-                 limits: tuple[float | None, float | None] = (None, None)) -> list[Result]:  # fmt: skip
-    """One row in turns with plain decoding. limits: floor and goal of the ratio."""
+                 limits: tuple[float | None, float | None] = (None, None), rows: int = 1) -> list[Result]:  # fmt: skip
+    """In turns with plain decoding. limits: floor and goal of the ratio."""
     sides = {"plain": Side(plain, output, prompts), "drafting": Side(drafting, output, prompts)}
-    for side in sides.values():
-        side.tokens_a_second(1)
     before = drafting.metrics()
-    rates = interleaved(rounds, {name: lambda side=side: side.tokens_a_second(1) for name, side in sides.items()})
-    ratio = Result(f"{name} / plain", median_ratio(rates["drafting"], rates["plain"]), "x", *limits, "higher")
+    found = statistics.median(ratios_of(sides["drafting"], sides["plain"], rows, rounds))
+    ratio = Result(f"{name} / plain", found, "x", *limits, "higher")
     return [ratio, *accepted(name, rounds_between(before, drafting.metrics()))]
 
 
 def main() -> int:
     size = QUICK if is_quick(__doc__) else FULL
-    results = shipped(size)
+    results = shipped(size) + shipped_always(size)
     with new_llm(size, 1) as llm:
         plain = Side(llm, size.forced_output)
         results += copying(size, llm) + own_text(size, llm) + heads(size, llm)

@@ -148,8 +148,8 @@ class Grammars:
             raise Overloaded(f"no grammar could be compiled for {MAX_WAIT_SECONDS:g} s; try again later") from None
         except CancelledError:
             raise EngineClosed(CLOSED) from None
-        if isinstance(error, _Refused):  # each caller's own: a kept one would hold on to every caller's frames
-            raise _Refused(error.kind, error.problem, error.is_certain)
+        if isinstance(error, GrammarRefused):  # each caller's own: a kept one would hold on to every caller's frames
+            raise GrammarRefused(error.kind, error.problem, error.is_certain)
         return future.result()
 
     def submit(self, wanted: StructuredOutput) -> "Future[CompiledGrammar]":
@@ -218,11 +218,11 @@ class Grammars:
             self._give_back(check)
         tokenizer, began = self._tokenizer, time.monotonic()
         if verdict.problem:
-            raise _Refused(wanted.kind, verdict.problem, verdict.is_certain)
+            raise GrammarRefused(wanted.kind, verdict.problem, verdict.is_certain)
         first = make_matcher(tokenizer, text)
         seconds = time.monotonic() - began
         if problem := first_problem(first):
-            raise _Refused(wanted.kind, problem, True)
+            raise GrammarRefused(wanted.kind, problem, True)
         return CompiledGrammar(wanted, text, self._vocabulary, first, tokenizer, seconds)
 
     def _finish(self, wanted: StructuredOutput) -> None:
@@ -265,7 +265,7 @@ def _is_good(future: "Future[CompiledGrammar]") -> bool:
         future.exception() is not None or future.result().is_usable))
 
 
-class _Refused(InvalidRequest):
+class GrammarRefused(InvalidRequest):
     def __init__(self, kind: str, problem: str, is_certain: bool):
         super().__init__(f"{FIELD}.{kind}", f"cannot be compiled: {problem}")
         self.kind = kind

@@ -78,6 +78,13 @@ def test_top_p_counts_only_what_top_k_left():
     np.testing.assert_array_equal(kept, [[True, False, False, False]])
 
 
+@pytest.mark.parametrize("form", SamplerForm)
+def test_the_vocabulary_is_not_sorted(form):
+    arguments = jnp.zeros((ROWS, 50_000)), make_rows(top_k=3, top_p=0.5, min_p=0.1), jnp.zeros(ROWS, jnp.int32)
+    program = str(jax.make_jaxpr(lambda *arguments: sampling.sample(*arguments, form))(*arguments))
+    assert not any(f"{sort}[" in program for sort in ("sort", "top_k", "approx_top_k"))
+
+
 def test_no_filter_keeps_everything():
     logits = np.random.default_rng(0).normal(size=(ROWS, VOCAB)).astype(np.float32)
     assert kept_by(logits).all()
