@@ -9,7 +9,9 @@ from jaxinfer.sequence import NO_SLOT, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """running, waiting: sorted by key. requests: their unfinished samples. in_flight: rows by step."""
+    """running, waiting: sorted by key. requests: their unfinished samples. in_flight: rows by step. speculates: rounds
+    may bring several tokens.
+    """
 
     running: list[Sequence]
     waiting: list[Sequence]
@@ -19,6 +21,7 @@ class Books:
     max_num_seqs: int
     num_prefilling: int
     num_constrained: int
+    speculates: bool
 
     def check(self) -> None:
         """Raises AssertionError where they do not agree."""
@@ -32,6 +35,8 @@ class Books:
         self._check_counts()
         for seq in self.running:
             check_running(seq, self._flies(seq))
+            if self.speculates and seq.decoding:
+                check_bounds(seq)
         for seq in self.waiting:
             require(seq.slot == NO_SLOT and not seq.pages and not seq.planned, "a waiting row holds something")
 
@@ -55,6 +60,13 @@ def check_running(seq: Sequence, is_in_flight: bool) -> None:
         require(is_in_flight or seq.planned == known - 1, "planned tokens are not in flight")
     else:
         require(seq.planned < known, "a row with its whole prompt planned does not decode")
+
+
+def check_bounds(seq: Sequence) -> None:
+    """Raises AssertionError unless what a decode row has at least and at most follows from its steps in flight."""
+    bounds = [len(seq.tokens) - 1 + sum(flight) for flight in zip((0, 0), *seq.flights, strict=True)]
+    require([seq.certain, seq.planned] == [min(bound, seq.end) for bound in bounds],
+            "a row's bounds are not those of its steps in flight")
 
 
 def require(condition: bool, message: str) -> None:

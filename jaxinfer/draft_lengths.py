@@ -33,7 +33,8 @@ PROBE_SHARE = 0.01
 PROBE_STEPS = 2
 """Steps of a probe: the next is planned before the first has been read."""
 RESTING = 64
-"""Plain rounds for which a no stands while no row comes or goes: what it follows from hardly changes in them."""
+"""Plain rounds for which a no stands while the rows and the sampler stay: what it follows from hardly changes in them.
+"""
 PROBE_ROWS = 128
 """Of so many rows that begin where only bad acceptance speaks against drafting, the drafter sees one. It computes its
 whole step: to a draft model an eighth of its target's size, one of 32 steps of four prompts is under half a percent.
@@ -56,8 +57,9 @@ class Judged(NamedTuple):
 
 
 class No(NamedTuple):
-    """An answer: no proposals for so many rows. until: the number of plain rounds up to which it stands."""
+    """An answer: no proposals for so many rows with this sampler. until: plain rounds up to which it stands."""
 
+    form: SamplerForm
     num_rows: int
     until: int
 
@@ -77,7 +79,7 @@ class DraftLengths:
         self._all = AcceptanceRate()
         self._making = AcceptanceRate()  # of rounds that wanted proposals, those that had any
         self._plain_rounds = 0  # since the last step with proposals
-        self._no = No(0, 0)
+        self._no: No | None = None
 
     @staticmethod
     def of(config: EngineConfig) -> "DraftLengths | None":
@@ -88,6 +90,7 @@ class DraftLengths:
         """Whether the drafter is to compute the prompt of a row that begins now as one of so many: whether proposals
         for all of them would pay for it, and for the row's first `num_unseen` tokens, which it has to catch up with.
         """
+        self.wake()
         if self._clock is None or self._catch_up is None:
             return True
         seconds = self._clock.seconds(seq.form, num_rows)
@@ -171,18 +174,19 @@ class DraftLengths:
         elif possible and self._plain_rounds * PROBE_SHARE >= PROBE_STEPS * rounds * (cost[possible] - 1):
             length, chances = possible, [1.0] * len(followed)
         else:
-            self._no = No(len(rows), self._plain_rounds + RESTING)
+            self._no = No(form, len(rows), self._plain_rounds + RESTING)
             return
         for seq, chance in zip(followed, chances, strict=True):
             seq.num_drafted = min(length, worth_making(chance, self.most))
 
-    def rests(self, num_rows: int) -> bool:
-        """Whether the last answer for so many rows was no, and still is: then none is asked for."""
-        return self._no.num_rows == num_rows and self._plain_rounds < self._no.until
+    def rests(self, form: SamplerForm, num_rows: int) -> bool:
+        """Whether the last answer, for as many rows with this sampler, was no, and still is: then none is asked for."""
+        no = self._no
+        return no is not None and (no.form, no.num_rows) == (form, num_rows) and self._plain_rounds < no.until
 
     def wake(self) -> None:
         """What a no follows from has changed."""
-        self._no = No(0, 0)
+        self._no = None
 
     def _chances(self, rows: list[Sequence]) -> list[float]:
         overall = self._all.chance(PRIOR, PRIOR_WEIGHT)
@@ -202,12 +206,13 @@ class DraftLengths:
 
     def learn(self, rows: list[Sequence], plan: StepPlan, result: StepResult) -> list[Judged]:
         """From a step, before its rows take in their tokens; the rounds with proposals."""
-        if plan.kind is StepKind.DECODE and not plan.num_drafted:
-            self._plain_rounds += plan.num_rounds
-        else:
+        if plan.num_drafted:
+            self._plain_rounds = 0
             self.wake()
-            if plan.num_drafted:
-                self._plain_rounds = 0
+        elif plan.num_decode_rows == len(rows):  # beside rows with a grammar such a step is of the kind PREFILL
+            if not self._plain_rounds:  # behind steps with proposals: now it is known what they take
+                self.wake()
+            self._plain_rounds += plan.num_rounds
         if self._clock is not None:
             self._time(self._clock, plan, result)
         found: list[Judged] = []

@@ -266,6 +266,8 @@ def _is_good(future: "Future[CompiledGrammar]") -> bool:
 
 
 class GrammarRefused(InvalidRequest):
+    """A grammar that cannot be compiled: of which kind, why, and whether it would be so another time."""
+
     def __init__(self, kind: str, problem: str, is_certain: bool):
         super().__init__(f"{FIELD}.{kind}", f"cannot be compiled: {problem}")
         self.kind = kind

@@ -57,7 +57,8 @@ class GrammarCheck:
             reply = self._worker.ask({"grammar": text}, self._bounds.seconds)
         if reply is None:
             return Verdict(f"compiling it broke the limits ({self._bounds.seconds:g} s, {self._bounds.stack_bytes} "
-                           f"bytes of stack, {self._bounds.memory_bytes} bytes of memory)", is_certain=False)
+                           f"bytes of stack, {self._bounds.memory_bytes} bytes of memory); make it simpler",
+                           is_certain=False)  # fmt: skip
         return Verdict(reply["problem"])
 
     def close(self) -> None:

@@ -107,8 +107,15 @@ def choose_lengths(plan: Planning, rows: list[Sequence], late: list[Sequence], r
     """
     drafts.choose(rows, plan.rounds, sampler_of(rows), ready)
     plan.drafts = any(seq.num_drafted for seq in rows)
-    if late:
+    if late:  # once they are ready, they are worth proposals
         drafts.wake()
+
+
+def asked(drafts: DraftLengths | None, rows: list[Sequence], *, prefilling: bool) -> DraftLengths | None:
+    """Who says how much is drafted in a step of these rows; None where nothing is: beside prompts, and as before."""
+    if drafts is None or prefilling or drafts.rests(sampler_of(rows), len(rows)):
+        return None
+    return drafts
 
 
 def most_left(rows: list[Sequence], *, speculating: bool) -> int:

@@ -27,6 +27,7 @@ from jaxinfer.planning import (
     Planning,
     advance,
     advance_speculating,
+    asked,
     catch_up,
     choose_lengths,
     decode_plan,
@@ -170,7 +171,7 @@ class Scheduler:
         rows = to_decode(self._running, speculating=self._drafts is not None)
         if not rows:
             return
-        drafts = None if self._num_prefilling or (self._drafts and self._drafts.rests(len(rows))) else self._drafts
+        drafts = asked(self._drafts, rows, prefilling=self._num_prefilling > 0)
         late = drafts.late(rows, self.config.max_decode_rounds) if drafts else []
         ready = ready_of(late, plan.budget)
         busy = self._waiting or self._num_prefilling or self._num_constrained or len(ready) < len(late)
@@ -186,10 +187,9 @@ class Scheduler:
             rows = self._reserve(plan, rows, short)
         plan.decodes = rows
         plan.budget -= len(rows)
-        for seq in rows if ready else ():
-            if seq in ready:
-                seq.watched = True
-                catch_up(plan, seq, len(seq.tokens), self.pool)
+        for seq in filter(ready.__contains__, rows):
+            seq.watched = True
+            catch_up(plan, seq, len(seq.tokens), self.pool)
 
     def _reserve(self, plan: Planning, rows: list[Sequence], short: list[Sequence]) -> list[Sequence]:
         """Gets pages for the `short` ones, best first; returns the rows that can run.
@@ -394,7 +394,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raises AssertionError when the books of the scheduler and of its pool do not agree."""
-        Books(self._running, self._waiting, self._requests, self._in_flight, self._free_slots,
-              self.config.max_num_seqs, self._num_prefilling, self._num_constrained).check()
+        Books(self._running, self._waiting, self._requests, self._in_flight, self._free_slots, self.config.max_num_seqs,
+              self._num_prefilling, self._num_constrained, self._drafts is not None).check()
         self._sharing.check_invariants(self._running)
         self.pool.check_invariants([seq.pages for seq in self._running])

@@ -86,7 +86,7 @@ class Options:
         self._check_speculation()
         if self.num_speculative_tokens > MOST_DRAFTED:
             raise InvalidConfig("num_speculative_tokens", f"must be at most {MOST_DRAFTED}, got "
-                                f"{self.num_speculative_tokens}: every round computes so many tokens a row")
+                                f"{self.num_speculative_tokens}; lower it, each round computes them all")
         if self.dtype not in DTYPES:
             raise InvalidConfig("dtype", f"{self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -117,6 +117,8 @@ class Options:
 
     def _check_speculation(self) -> None:
         self._check_draft_address()
+        if self.draft_model == "":
+            raise InvalidConfig("draft_model", "is '', which names no model; leave it out to decode without one")
         if self.speculation is not None and self.speculation not in SPECULATIONS:
             raise InvalidConfig("speculation", f"{self.speculation!r} is not one of {', '.join(SPECULATIONS)}; None "
                                 "speculates where there is a draft_model")
@@ -131,4 +133,5 @@ class Options:
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         if type(value) is not int or not 1 <= value <= INT32_MAX:
-            raise InvalidConfig(name, f"must be an integer of at least 1, got {value!r}")
+            advice = "; to speculate no more, leave out what drafts" if name == "num_speculative_tokens" else ""
+            raise InvalidConfig(name, f"must be an integer of at least 1, got {value!r}{advice}")

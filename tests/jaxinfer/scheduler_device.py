@@ -5,10 +5,12 @@ back through its page table and compared with what the request must have produce
 or order of steps shows at once.
 """
 
+import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.draft_lengths import DraftLengths
 from jaxinfer.page_pool import PagePool
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.types import (
@@ -124,14 +126,17 @@ class FakeDevice:
                 return
             assert state.kv_len == start + len(tokens), "the planned position of a row that goes on is exact"
             ids, start = (state.last,), state.kv_len
+        self._compute(state, ids, start)
+        if plan.samples[row]:
+            self._sample(plan, state, tokens, logprobs)
+
+    def _compute(self, state: _Row, ids: tuple[int, ...], start: int) -> None:
         for position, token in enumerate(ids, start):
             self._write(state, position, token)
         state.kv_len = start + len(ids)
         self.num_computed += len(ids)
         context = [self._read(state, position) for position in range(state.kv_len)]
         assert context == state.expected[:state.kv_len], "the row reads another context than its own"
-        if plan.samples[row]:
-            self._sample(plan, state, tokens, logprobs)
 
     def _sample(self, plan: StepPlan, state: _Row, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
         assert plan.sampler >= SamplerForm.SIMPLE or state.temperature == 0, "GREEDY cannot serve this row"
@@ -159,16 +164,58 @@ class FakeDevice:
         return self.pages[state.table[page]][offset]
 
 
-class Harness:
-    """A scheduler on a fake device, with a few steps in flight; keeps what every sample received."""
+class SpeculatingDevice(FakeDevice):
+    """Keeps each proposal with the chance `keeps`. What it refuses stays in the pages behind the row's length, which
+    the host knows only as a bound.
+    """
 
-    def __init__(self, config: EngineConfig | None = None, depth: int = 0, check: bool = True):
+    def __init__(self, config: EngineConfig, keeps: float):
+        super().__init__(config)
+        self._keeps = keeps
+        self._random = random.Random(0)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._counts: list[list[int]] = [[] for _ in plan.slots]
+        self._made: list[list[int]] = [[] for _ in plan.slots]
+        result = replace(super().run(plan), seconds=self._random.choice((None, 0.01, 0.02, 0.05)))
+        return replace(result, round_counts=self._counts, made_counts=self._made) if plan.num_drafted else result
+
+    def _run_row(self, plan: StepPlan, row: int, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
+        state = self.rows[plan.slots[row]]
+        if plan.tokens[row]:
+            super()._run_row(plan, row, tokens, logprobs)
+        elif not state.stopped:
+            made = min(plan.num_drafted[row], state.left - 1) if plan.num_drafted else 0
+            for offset in range(1, made + 1):
+                self._write(state, state.kv_len + offset, -offset)
+            self._counts[row].append(self._verify(plan, state, made, tokens, logprobs))
+            self._made[row].append(made)
+
+    def _verify(self, plan: StepPlan, state: _Row, made: int, tokens: list[int], logprobs: list[TokenLogprobs]) -> int:
+        """A round's number of tokens."""
+        for count in range(1, made + 2):
+            self._compute(state, (state.last,), state.kv_len)
+            self._sample(plan, state, tokens, logprobs)
+            if state.stopped or count > made or self._random.random() > self._keeps:
+                return count
+        raise AssertionError("a round ends behind its last proposal")
+
+
+class Harness:
+    """A scheduler on a fake device, with a few steps in flight; keeps what every sample received. keeps: the chance of
+    a proposal where `drafts` are made.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, depth: int = 0, check: bool = True,
+                 drafts: DraftLengths | None = None, keeps: float = 0.0):
         self.config = config or make_config()
         self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.enable_prefix_caching)
         self.now = 0.0
-        self.scheduler = Scheduler(self.config, self.pool, clock=lambda: self.now)
-        self.device = FakeDevice(self.config)
+        self.scheduler = Scheduler(self.config, self.pool, clock=lambda: self.now, drafts=drafts)
+        self.device = FakeDevice(self.config) if drafts is None else SpeculatingDevice(self.config, keeps)
         self.depth = depth
+        # Where steps in flight may bring several tokens, as many may be planned for a row that has ended.
+        self.steps_a_token = 1 if drafts is None else depth + 1
         self.check = check
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
@@ -226,7 +273,7 @@ class Harness:
     def run(self) -> None:
         """Steps until nothing is left to do; every step must bring the work forward by a token or more, net of what
         preemption throws away."""
-        max_steps = self._tokens_left() + len(self.in_flight) + 1
+        max_steps = self.steps_a_token * self._tokens_left() + len(self.in_flight) + 1
         for _ in range(max_steps):
             if not self.scheduler.has_work and not self.in_flight:
                 return

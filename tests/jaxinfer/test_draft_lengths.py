@@ -3,6 +3,19 @@
 import math
 
 import pytest
+from draft_teaching import (
+    BURST,
+    CHEAP,
+    CHUNK,
+    DEAR,
+    MOST,
+    STOP,
+    chosen,
+    lengths,
+    sequences,
+    teach,
+    teach_often,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,53 +23,7 @@ from jaxinfer import draft_lengths
 from jaxinfer.draft_lengths import CatchUp, DraftLengths
 from jaxinfer.round_clock import RoundClock, RoundSeconds
 from jaxinfer.sequence import Sequence
-from jaxinfer.types import Request, SamplerForm, SamplingParams, StepKind, StepPlan, StepResult
-
-MOST, STOP = 4, 3
-CHEAP = RoundSeconds(1.0, 1.1, 1.4)
-"""Of a device that reads weights: a proposal costs a tenth of a round."""
-DEAR = RoundSeconds(1.0, 5.0, 6.0)
-"""Of a device that computes: even kept whole, five tokens take longer than five rounds."""
-
-BURST = {form: {4: CHEAP, 64: DEAR} for form in SamplerForm}
-CHUNK = CatchUp(256, 1.0)
-
-
-def sequences(count: int, temperature: float = 0.0, max_tokens: int = 5000) -> list[Sequence]:
-    params = SamplingParams(temperature=temperature)
-    requests = [Request(id=str(index), prompt=(1, 2), params=params, max_tokens=max_tokens, seed=0, stop_ids=(STOP,))
-                for index in range(count)]  # fmt: skip
-    return [Sequence(one, 0) for one in requests]
-
-
-def lengths(seconds: RoundSeconds, *, most: int = MOST) -> DraftLengths:
-    return DraftLengths(most, {form: {64: seconds} for form in SamplerForm})
-
-
-def teach(drafts: DraftLengths, rows: list[Sequence], counts: list[int], num_drafted=MOST, last: int = 7) -> None:
-    """A step in which every row got so many tokens a round, the last of them `last`."""
-    size = len(rows)
-    plan = StepPlan(0, StepKind.DECODE, len(counts), SamplerForm.GREEDY, tuple(range(size)), ((),) * size, (2,) * size,
-                    (True,) * size, num_drafted=(num_drafted,) * size if num_drafted else ())  # fmt: skip
-    ids = [7] * (sum(counts) - 1) + [last]
-    made = [made_of(rows[0], num_drafted, counts)] * size
-    drafts.learn(rows, plan, StepResult([ids] * size, round_counts=[list(counts)] * size, made_counts=made))
-
-
-def made_of(seq: Sequence, num_drafted: int, counts: list[int]) -> list[int]:
-    """Proposals of a drafter that never declines: nothing is proposed beyond the row's end."""
-    left = [seq.end + 1 - len(seq.tokens) - sum(counts[:index]) for index in range(len(counts))]
-    return [max(min(num_drafted, one - 1), 0) for one in left]
-
-
-def teach_often(drafts: DraftLengths, rows: list[Sequence], counts: list[int], steps: int, num_drafted=MOST) -> None:
-    for _ in range(steps):
-        teach(drafts, rows, counts, num_drafted)
-
-
-def chosen(drafts: DraftLengths, rows: list[Sequence], rounds: int = 8) -> list[int]:
-    drafts.choose(rows, rounds, max(seq.form for seq in rows))
-    return [seq.num_drafted for seq in rows]
+from jaxinfer.types import SamplerForm, StepKind, StepPlan, StepResult
 
 
 def test_without_measured_rounds_the_most_is_drafted():
@@ -305,33 +272,6 @@ def test_steps_with_proposals_are_compared_with_plain_ones_now_and_then():
     found = in_service(drafts, rows, CHEAP, [5] * 8, 600)
     checks = [index for index, length in enumerate(found) if not length]
     assert checks == [8, 25, 58, 123, 252, 381, 510]
-
-
-def test_a_no_stands_until_something_changes():
-    drafts, rows = lengths(DEAR), sequences(2)
-    assert not drafts.rests(2), "nothing was asked"
-    assert chosen(drafts, rows) == [0] * 2
-    assert drafts.rests(2) and not drafts.rests(1) and not drafts.rests(3)
-    teach_often(drafts, rows, [1] * 8, draft_lengths.RESTING // 8 - 1, num_drafted=0)
-    assert drafts.rests(2)
-    teach(drafts, rows, [1] * 8, num_drafted=0)
-    assert not drafts.rests(2), "it is asked for again now and then"
-    for num_drafted in (MOST, 0):
-        chosen(drafts, rows)
-        assert drafts.rests(2)
-        if num_drafted:
-            teach(drafts, rows, [1] * 8, num_drafted)
-        else:
-            drafts.learn(rows, StepPlan(0, StepKind.PREFILL, 1, SamplerForm.GREEDY, (0,), ((1,),), (0,), (True,)),
-                         StepResult([[7]]))  # fmt: skip
-        assert not drafts.rests(2), "steps with proposals teach, and behind prefill rows begin"
-
-
-def test_a_plain_step_that_only_compares_is_no_rest():
-    drafts, rows = lengths(CHEAP), sequences(1)
-    while chosen(drafts, rows) != [0]:
-        teach(drafts, rows, [5] * 8)
-    assert not drafts.rests(1)
 
 
 def lapsed(rows: list[Sequence], gap: int) -> list[Sequence]:

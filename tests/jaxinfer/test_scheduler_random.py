@@ -11,7 +11,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_device import VOCAB, Harness, make_config
 
-EVENTS = 4_200
+from jaxinfer.draft_lengths import CatchUp, DraftLengths
+from jaxinfer.round_clock import RoundSeconds
+from jaxinfer.types import SamplerForm
+
+EVENTS, SPECULATING_EVENTS = 4_200, 1_200
 
 CONFIGS = {
     "roomy": {},
@@ -29,9 +33,9 @@ SHORT_OF_PAGES = {"tiny pool", "smallest budget", "many rows", "no prefix cache"
 class Driver:
     """Random events on a harness."""
 
-    def __init__(self, config: dict, depth: int, seed: int):
+    def __init__(self, config: dict, depth: int, seed: int, drafts: DraftLengths | None = None, keeps: float = 0.0):
         self.random = random.Random(seed)
-        self.harness = Harness(make_config(**config), depth)
+        self.harness = Harness(make_config(**config), depth, drafts=drafts, keeps=keeps)
         self.prefixes = [[self.random.randrange(VOCAB) for _ in range(30)] for _ in range(3)]
 
     def arrive(self) -> bool:
@@ -93,6 +97,20 @@ def test_every_request_ends_with_its_own_tokens(name: str, depth: int):
     assert driver.harness.pool.num_held == 0
     if name in SHORT_OF_PAGES:
         assert driver.harness.scheduler.metrics.preemptions > 10, "the pool was to be too small"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_so_it_does_where_rounds_bring_several_tokens(name: str, depth: int):
+    """The drafter is caught up with in chunks of 8 tokens; proposals pay for two rows, and a little for more."""
+    few, many = RoundSeconds(1.0, 1.1, 1.3), RoundSeconds(1.0, 1.5, 2.2)
+    drafts = DraftLengths(3, {form: {2: few, 64: many} for form in SamplerForm}, CatchUp(8, 0.5))
+    config = CONFIGS[name] | {"num_speculative_tokens": 3}
+    driver = Driver(config, depth, seed=depth, drafts=drafts, keeps=(0.9, 0.5, 0.1)[depth])
+    driver.run(SPECULATING_EVENTS)
+    driver.harness.check_outputs()
+    assert driver.harness.pool.num_held == 0
+    assert any(plan.num_drafted for plan in driver.harness.plans)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
