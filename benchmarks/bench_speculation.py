@@ -2,9 +2,9 @@
 
 Shipped pair: `LLM(draft_model="demo-draft")` against the same LLM without it, beginnings of files of Python's standard
 library, in turns. How much is drafted is the engine's own choice, so where proposals do not pay the ratio should be 1.
-All are started several times, for two equal LLMs of one process differ, which no number of turns takes out; a second
-LLM without drafts, measured in the same way, tells by how much. The same pair that always drafts says how much of it is
-kept, and what the engine's choice is worth.
+Two equal LLMs of one process differ, which no number of turns takes out. So all are started several times, the pair is
+held against two LLMs without drafts, and how these two differ is shown beside it. The same pair that always drafts says
+how much of it is kept, and what the engine's choice is worth.
 
 Forced acceptance: one row; each proposal is kept with a given chance, whatever was proposed (what is said is nonsense,
 what is computed is not), and all k are always made. Efficiency is the measured speed-up over what the tokens of a round
@@ -52,8 +52,8 @@ PREFIX = 200
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """rows, rounds: of the shipped pair, and pairs of runs for each, in every one of so many starts. output: tokens a
-    row. drafted: most proposals. always: pairs of runs with the shipped pair that always drafts.
+    """rows, rounds: of the shipped pair, and pairs of runs for each, with either of two plain LLMs, in every one of so
+    many starts. output: tokens a row. drafted: most proposals. always: pairs of runs with the pair that always drafts.
     forced: chances and numbers of proposals; forced_rounds, forced_output: pairs of runs for each, and their tokens,
     many, as prefill is not what proposals speed up. copies, own_text: of prompt lookup. heads: pairs of runs with
     them. step_tokens: most tokens of a step; fewer are fewer programs.
@@ -75,7 +75,7 @@ class Size:
     step_tokens: int
 
 
-FULL = Size("demo", (1, 4, 16, 64), (21, 21, 11, 11), 5, 128, 4, 9,
+FULL = Size("demo", (1, 4, 16, 64), (11, 11, 7, 7), 5, 128, 4, 9,
             tuple((chance, k) for chance in (0.6, 0.8) for k in (2, 4, 8)), 15, 320, 9, 21, 21, 256)  # fmt: skip
 QUICK = Size("demo-draft", (1,), (1,), 1, 16, 2, 1, ((0.6, 2),), 1, 16, 1, 0, 0, 8)  # equal engines compile once
 
@@ -116,8 +116,8 @@ class Side:
 
 
 def shipped(size: Size) -> list[Result]:
-    measured = ("drafting", "again")
-    found: dict[tuple[int, str], list[float]] = {(rows, name): [] for rows in size.rows for name in measured}
+    compared = {"drafting": ("plain", "again"), "again": ("plain",)}
+    found: dict[tuple[int, str], list[float]] = {(rows, name): [] for rows in size.rows for name in compared}
     counts: dict[int, Counter[int]] = {rows: Counter() for rows in size.rows}
     texts = beginnings()
     for start in range(size.starts):
@@ -129,8 +129,9 @@ def shipped(size: Size) -> list[Result]:
             sides = {name: Side(llms[name], size.output, texts[first:] + texts[:first]) for name in names}
             for rows, rounds in zip(size.rows, size.rounds, strict=True):
                 before = llms["drafting"].metrics()
-                for name in measured:
-                    found[rows, name] += ratios_of(sides[name], sides["plain"], rows, rounds)
+                for name, others in compared.items():
+                    for other in others:
+                        found[rows, name] += ratios_of(sides[name], sides[other], rows, rounds)
                 counts[rows] += rounds_between(before, llms["drafting"].metrics())
     return [result for rows in size.rows for result in
             (Result(f"{rows} rows, drafting / plain", statistics.median(found[rows, "drafting"]), "x", 0.98,
