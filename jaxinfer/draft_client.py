@@ -118,11 +118,13 @@ class DraftClient:
         try:
             with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
                 for response in self._begin(pb_grpc.DraftServiceStub(channel)):
+                    if not self._answered:
+                        log.warning("the drafter at %s answers again", self._address)
                     answered = self._answered = True
                     self._receive(response)
                 self._say("ended the stream")
         except grpc.RpcError as error:
-            self._say(f"failed: {error}")
+            self._say(f"failed: {reason_of(error)}")
         except Exception:  # whatever it is, requests go on without proposals
             log.exception("a stream of proposals failed")
         finally:
@@ -132,7 +134,8 @@ class DraftClient:
     def _say(self, what: str) -> None:
         """One line each time that it fails after it answered."""
         if self._answered and not self._closed:
-            log.warning("the drafter at %s %s; decoding goes on without it", self._address, what)
+            log.warning("the drafter at %s %s; decoding goes on without it, and it is tried again at least every %g s",
+                        self._address, what, LONGEST_PAUSE)
         self._answered = False
 
     def _begin(self, stub: pb_grpc.DraftServiceStub) -> Iterator[pb.DraftResponse]:
@@ -198,3 +201,10 @@ class DraftClient:
             return None
         return Claimed(len(response.token_ids), response.num_candidates, np.array(response.candidate_ids, np.int32),
                        np.array(response.candidate_probabilities, np.float32))
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """Status and text of a failed call in one line; gRPC's own text of it has five."""
+    if isinstance(error, grpc.Call):
+        return " ".join(f"{error.code().name}, {error.details()}".split())
+    return str(error)

@@ -371,7 +371,7 @@ async def _become_ready(server: Server, loading: Loading, announce: Callable[[st
     except BaseException:
         await server.stop()
         raise
-    info, services = core.info, " and ".join((SERVICE_NAME, *server.gateway_services))
+    info, services = core.info, ", ".join((SERVICE_NAME, DRAFT_SERVICE_NAME, *server.gateway_services))
     announce(f"ready on {server.address}: {info.name} ({info.family}, {info.num_parameters:,} parameters, "
              f"{info.dtype}), after {time.monotonic() - began:.1f} s; serves {services}")
     service_manager.tell(service_manager.READY)

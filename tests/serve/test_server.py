@@ -218,7 +218,7 @@ def test_from_bound_to_drained(repository: Path):
             assert server.stdout is not None
             ready = server.stdout.readline()
             assert ready.startswith(f"ready on {address}: counting (counting, 1 parameters, int32), after"), ready
-            assert ready.endswith(f"; serves {NAME} and {VLLM}\n"), ready
+            assert ready.endswith(f"; serves {NAME}, jaxinfer.v1.DraftService, {VLLM}\n"), ready
             stream = iter(client.stream("ab", max_tokens=60))
             first = next(stream)
             server.send_signal(signal.SIGTERM)
