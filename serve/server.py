@@ -26,6 +26,7 @@ from serve.call_limit import LimitCalls
 from serve.console import Console
 from serve.draft_service import DRAFT_SERVICE_NAME, DraftService
 from serve.ended_request import Observer
+from serve.event_loop import new_event_loop
 from serve.exposition import text_of
 from serve.health import Health
 from serve.malformed import RefuseMalformed
@@ -324,7 +325,8 @@ def serve(core_factory: Callable[[], Core], config: ServerConfig | None = None,
     """
     config = config or ServerConfig()
     with Console(config.log_level) as console:
-        return asyncio.run(_serve(core_factory, config, announce or console.output.put, console))
+        return asyncio.run(_serve(core_factory, config, announce or console.output.put, console),
+                           loop_factory=new_event_loop)
 
 
 async def _serve(core_factory: Callable[[], Core], config: ServerConfig, announce: Callable[[str], None],

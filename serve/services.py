@@ -5,7 +5,6 @@ The deadline is the RPC's own and cancelling is the stream's: grpc.aio ends the 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from jaxinfer.core import Core
 from jaxinfer.types import Request
@@ -41,8 +40,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 timings=codec.timings(stats),
                 prompt_logprobs=codec.logprobs_messages(output.prompt_logprobs or (), asked.params.prompt_logprobs))
 
-    async def GenerateStream(self, request: pb.GenerateRequest,
-                             context: Context) -> AsyncIterator[pb.GenerateStreamResponse]:
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         async with Answering(self._served.calls, context, f"{SERVICE_NAME}/GenerateStream",
                              request.request_id) as call:
             core, bridge = self._served.serving()
@@ -52,7 +50,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             async with open_streamed(bridge, asked, generation, outbox) as stream:
                 while await stream.wait():
                     while outbox.messages:
-                        yield outbox.take()
+                        await context.write(outbox.take())
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with Answering(self._served.calls, context):

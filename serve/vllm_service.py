@@ -86,7 +86,7 @@ class VllmService(pb_grpc.VllmEngineServicer):
         self._bundle: Bundle | None = None
         self._bundling = asyncio.Lock()
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         self._last_receive = time.time()
         call = self._abortables.enter(request.request_id)
         try:
@@ -99,17 +99,17 @@ class VllmService(pb_grpc.VllmEngineServicer):
                 generation = answering.generation = Generation(asked, core.tokenizer, streams=request.stream)
                 if not request.stream:
                     for message in await self._collect(bridge, generation, call):
-                        yield message
+                        await context.write(message)
                     return
                 outbox = vllm_codec.Outbox(generation)
                 async with open_streamed(bridge, asked, generation, outbox) as stream:
                     call.bind(stream)
                     while await stream.wait():
                         while outbox.messages:
-                            yield outbox.take()
+                            await context.write(outbox.take())
                 outbox.abort()
                 while outbox.messages:
-                    yield outbox.take()
+                    await context.write(outbox.take())
         finally:
             self._abortables.leave(request.request_id, call)
 

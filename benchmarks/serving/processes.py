@@ -1,7 +1,8 @@
 """Servers in processes of their own: their CPU time is theirs alone, and the client's is not in it.
 
 "counting" is the real server over an engine that counts, "paced" over the real engine and a device that takes its
-time, "bare" is a grpc.aio server that does nothing but send messages recorded from "counting".
+time, "bare" is a grpc.aio server that does nothing but send messages recorded from "counting", on asyncio's event
+loop, and "bare on our loop" the same on the one that we serve on.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from jaxinfer.core import Core, EngineHandle, ModelInfo
 from jaxinfer.intake import Intake
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import Limits
+from serve.event_loop import new_event_loop
 from serve.server import Server, ServerConfig, settle_heap
 
 Answers = Mapping[str, Callable[..., Any]]
@@ -63,7 +65,7 @@ class ServerProcess:
 
 @contextmanager
 def server_process(kind: str, *arguments: Any) -> Iterator[ServerProcess]:
-    """Starts a "counting", "bare" or "paced" server; stops it at the end. arguments: of `paced_engine`."""
+    """Starts a server of one of the kinds above; stops it at the end. arguments: of `paced_engine`."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_main, args=(kind, arguments, there), daemon=True)
@@ -76,8 +78,10 @@ def server_process(kind: str, *arguments: Any) -> Iterator[ServerProcess]:
 
 
 def _main(kind: str, arguments: tuple[Any, ...], connection: Connection) -> None:
-    start = {"counting": _counting, "bare": _bare, "paced": _paced}[kind]
-    asyncio.run(_run(start(*arguments), connection))
+    start, loop_factory = {
+        "counting": (_counting, new_event_loop), "paced": (_paced, new_event_loop),
+        "bare": (_bare, asyncio.new_event_loop), "bare on our loop": (_bare, new_event_loop)}[kind]
+    asyncio.run(_run(start(*arguments), connection), loop_factory=loop_factory)
 
 
 async def _run(starting: Awaitable[Started], connection: Connection) -> None:

@@ -13,6 +13,7 @@ from counting_engine import CountingEngine
 
 from jaxinfer.core import Core
 from serve.client import Client
+from serve.event_loop import new_event_loop
 from serve.server import Server, ServerConfig
 
 
@@ -46,7 +47,7 @@ def serving(core: Core | None, drain_seconds: float = 0.2, *, connect: Mapping[s
     """Serves `core`; without one the server stays in its loading state. connect: arguments of its client; settings: of
     its `ServerConfig`.
     """
-    loop = asyncio.new_event_loop()
+    loop = new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
