@@ -170,7 +170,8 @@ def normalise(params: SamplingParams) -> SamplingParams:
         ids = getattr(params, name)
         changes[name] = None if ids is None else tuple(dict.fromkeys(map(int, ids)))
     changes["bad_words"] = bad_words(params) or None
-    return dataclasses.replace(params, **changes)
+    changes = {name: value for name, value in changes.items() if value is not getattr(params, name)}
+    return dataclasses.replace(params, **changes) if changes else params  # parameters are frozen
 
 
 def check_envelope(request_id: Any, priority: Any, cache_salt: Any) -> None:

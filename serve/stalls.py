@@ -10,11 +10,12 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from inspect import markcoroutinefunction
 from typing import Any
 
 import grpc
 
-from serve.malformed import send
+from serve.malformed import sent
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +109,12 @@ class EndStalled(grpc.aio.ServerInterceptor):
             return self._answering(handler, method)
         answer = handler.stream_stream or handler.unary_stream
 
-        async def watched(request: bytes | AsyncIterator[bytes], context: Context) -> None:
-            await self._run(answer, request, context, method)
+        def watched(request: bytes | AsyncIterator[bytes], context: Context) -> Awaitable[None]:
+            return self._run(answer, request, context, method)
 
         make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else (
             grpc.unary_stream_rpc_method_handler)
-        return make(watched, handler.request_deserializer, handler.response_serializer)
+        return make(markcoroutinefunction(watched), handler.request_deserializer, handler.response_serializer)
 
     def _answering(self, handler: Any, method: str) -> grpc.RpcMethodHandler | None:
         """Of one request and one answer; we have no calls that take a stream and answer once."""
@@ -147,7 +148,7 @@ class EndStalled(grpc.aio.ServerInterceptor):
         self._running.add(watched)
         self._look_later(loop)
         try:
-            await send(answer(request, seen), seen)
+            await sent(answer(request, seen), seen)
         except asyncio.CancelledError:
             if watched.was_stalled and not watched.has_status:
                 await self._say(context, method)
