@@ -4,8 +4,11 @@ folder/checkpoint.json    the manifest; written last, so that a folder without i
 folder/params/            Orbax
 """
 
+import gc
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,8 @@ PARAMS = "params"
 FORMAT = "orbax-params"
 VERSION = 1
 MAX_MANIFEST_BYTES = 100_000_000
+MOST_REASON = 300
+"""Characters of another library's error that ours repeats."""
 DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
@@ -124,11 +129,37 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, only_the_first_error():
             tree = checkpointer.restore(Path(folder).resolve() / PARAMS, args=wanted)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(folder, f"cannot be restored: {str(error).splitlines()[0]}") from error
-    return {path: lookup(tree, path) for path in targets}
+        return {path: lookup(tree, path) for path in targets}
+    except Exception as error:  # of any type: Orbax trusts its files, and raises bare Exceptions itself
+        raise CheckpointError(folder, f"cannot be restored ({reason(error)}); convert the model again") from None
+
+
+@contextmanager
+def only_the_first_error() -> Iterator[None]:
+    """Orbax reads all arrays at once: where a file is damaged, asyncio logs a traceback for each of the others."""
+    log = logging.getLogger("asyncio")
+    log.addFilter(is_no_lost_error)
+    try:
+        yield
+    except BaseException:
+        gc.collect()  # asyncio logs when a task that nobody has asked is freed
+        raise
+    finally:
+        log.removeFilter(is_no_lost_error)
+
+
+def is_no_lost_error(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def reason(error: BaseException) -> str:
+    """Its first cause in one short line; TensorStore adds pages of JSON."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {text[:MOST_REASON]}"
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

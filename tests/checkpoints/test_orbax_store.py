@@ -112,6 +112,18 @@ def test_missing_data_is_a_typed_error(store):
         orbax_store.restore(store, targets(first_device()))
 
 
+@pytest.mark.parametrize("file", ["the largest of params", "params/_METADATA"])
+def test_damaged_data_is_a_typed_error_in_one_line_and_no_log(store, file, caplog):
+    """For both Orbax raises what is neither a ValueError nor an OSError."""
+    found = [path for path in (store / "params").rglob("*") if path.is_file()]
+    path = max(found, key=lambda path: path.stat().st_size) if file.startswith("the") else store / file
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="cannot be restored") as caught:
+        orbax_store.restore(store, targets(first_device()))
+    assert len(caught.value.problem) < 500 and "\n" not in caught.value.problem
+    assert caplog.records == []
+
+
 def test_converting_copies_config_and_tokenizer_and_leaves_nothing_half(tmp_path, repository, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
