@@ -87,16 +87,17 @@ class Answering:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self._tell_end(code_of(self._context, error))
+            self._tell_end(code_of(self._context, error), error)
             if error is not None and not isinstance(error, LEAVING):
                 await refuse(self._context, error)
         finally:
             self._calls.leave()
 
-    def _tell_end(self, code: str) -> None:
+    def _tell_end(self, code: str, error: BaseException | None) -> None:
         self._calls.ended[code] += 1
         if self._method is not None and self._calls.observers:
-            self._calls.tell(EndedRequest(self._method, self._request_id, current_tenant(), code, self._began,
+            field = error.field if isinstance(error, errors.InvalidRequest) else None
+            self._calls.tell(EndedRequest(self._method, self._request_id, current_tenant(), code, field, self._began,
                                           self._context.invocation_metadata() or (), self.generation))
 
 

@@ -11,6 +11,7 @@ from serve.generation import Generation
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
     """method: "package.Service/Method". request_id: the client's, "" if it has none. code: the name of the gRPC status.
+    field_refused: the one that was out of its limits; None where it was not that.
 
     began: time.monotonic() of the call's start. metadata: the client's, its token included. generation: None if the
     request was refused before it could be read.
@@ -20,6 +21,7 @@ class EndedRequest:
     request_id: str
     tenant: str
     code: str
+    field_refused: str | None
     began: float
     metadata: Iterable[tuple[str, Any]] = field(repr=False)
     generation: Generation | None

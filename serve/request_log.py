@@ -36,11 +36,13 @@ def write(ended: EndedRequest) -> None:
 
 
 def entry(ended: EndedRequest) -> dict[str, Any]:
-    """Times in seconds since the request arrived, `time` since 1970; null where it never came so far."""
+    """Times in seconds since the request arrived, `time` since 1970; null where it never came so far. field: which one
+    was refused, null where it was not that.
+    """
     found: dict[str, Any] = {"time": round(time.time(), 3), "id": ended.id[:MAX_NAME],
-                             "tenant": ended.tenant[:MAX_NAME], "code": ended.code}
+                             "tenant": ended.tenant[:MAX_NAME], "code": ended.code, "field": ended.field_refused}
     if ended.generation is None:
-        return found
+        return found | {"total": round(time.monotonic() - ended.began, DECIMALS)}
     return found | counts(ended, ended.generation) | times(ended.generation.engine_stats())
 
 

@@ -11,8 +11,8 @@ from serving import Served, eventually, serving
 
 from serve.client import Client
 
-FIELDS = {"time", "id", "tenant", "code", "finish", "prompt_tokens", "cached_tokens", "output_tokens", "queue", "ttft",
-          "total", "preemptions"}
+FIELDS = {"time", "id", "tenant", "code", "field", "finish", "prompt_tokens", "cached_tokens", "output_tokens", "queue",
+          "ttft", "total", "preemptions"}
 PROMPT = "tell nobody of Zanzibar"
 
 
@@ -71,7 +71,9 @@ def test_refused_and_cancelled_requests_have_their_status(logged: Served, lines:
     with pytest.raises(grpc.RpcError):
         logged.client.generate([1, 2], timeout=0.05, request_id="late")
     bad, left, late = lines.wait(3)
-    assert {key: bad[key] for key in bad if key != "time"} == {"id": "bad", "tenant": "", "code": "INVALID_ARGUMENT"}
+    assert {key: bad[key] for key in bad if key not in ("time", "total")} == {
+        "id": "bad", "tenant": "", "code": "INVALID_ARGUMENT", "field": "max_tokens"}
+    assert 0 <= bad["total"] < 10
     assert (left["id"], left["code"], left["finish"], left["ttft"]) == ("left", "CANCELLED", {}, None)
     assert (late["id"], late["code"], late["prompt_tokens"]) == ("late", "DEADLINE_EXCEEDED", 2)
 
