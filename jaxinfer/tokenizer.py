@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError, TokenizerMissing
 from jaxinfer.model_files import parse_json, read_json, read_text
+from jaxinfer.tokenizer_check import check_tokenizer
 from jaxinfer.validation import check_text, shown
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class Tokenizer:
         """From the text of a tokenizer.json. Raises ModelFormatError."""
         import tokenizers
 
-        with _typed(_bad_file((folder or Path()) / TOKENIZER_FILE, text)):
+        path = (folder or Path()) / TOKENIZER_FILE
+        with _typed(_bad_file(path, text)):
+            check_tokenizer(text, path)
             return cls(tokenizers.Tokenizer.from_str(text), config, chat_template, folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -147,6 +147,8 @@ def test_every_kind_of_rope_is_read(raw, expected):
         ({"head_dim": 15}, "odd"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
+        ({"architectures": 5}, "architectures must be a list of names, got 5"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"rope_theta": 0}, "theta must be above 0"),
         ({"rope_theta": float("inf")}, "rope_theta"),

@@ -321,6 +321,22 @@ def test_a_panic_in_rust_is_a_typed_error(capfd):
     capfd.readouterr()  # Rust prints the panic's place
 
 
+@pytest.mark.parametrize("merge", [["a", "\N{NO-BREAK SPACE}b"], "a \N{NO-BREAK SPACE}b"])
+def test_merges_that_would_abort_the_process_are_refused(merge, tmp_path):
+    """Of "0" one byte is cut from the second part, which is half of its first character."""
+    vocab = {"a": 0, "\N{NO-BREAK SPACE}b": 1}
+    model = {"type": "BPE", "vocab": vocab, "merges": [merge], "continuing_subword_prefix": "0"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(ModelFormatError, match=r"tokenizer.json: model.merges\[0\] adds .* begin with .* '0'"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_merges_behind_a_prefix_are_read():
+    vocab = {"a": 0, "##b": 1, "ab": 2}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "##b"]], "continuing_subword_prefix": "##"}
+    assert Tokenizer.from_json(json.dumps({"model": model})).encode("ab") == [2]
+
+
 def test_ctrl_c_passes(monkeypatch):
     class Interrupted:
         def encode(self, *_args, **_options):
