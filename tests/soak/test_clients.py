@@ -1,5 +1,7 @@
 """What clients may do to a server: everything that they send, and every way to leave. One process of the demo model."""
 
+import statistics
+
 import pytest
 
 pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
@@ -7,6 +9,7 @@ pytest.importorskip("smg_grpc_proto", reason="needs smg-grpc-proto")
 import hostile_load
 import leaving_load
 import mixed_load
+import refused_load
 from canary import Canary
 from figures import Figures
 from memory import memory_of, slope_of
@@ -15,6 +18,8 @@ from server_process import ServerProcess
 
 DEMO_OPTIONS = ("--max-waiting", "512", "--drain-seconds", "5")
 MB = 1_000_000
+MOST_PROMPT_TOKENS = 255
+"""Of `server_process.SIZES`, with one of output."""
 
 
 def test_hostile_requests(demo: ServerProcess, canary: Canary, beside, count, is_full: bool, figures: Figures):
@@ -34,6 +39,17 @@ def test_hostile_requests(demo: ServerProcess, canary: Canary, beside, count, is
     assert {"OK", "INVALID_ARGUMENT", "UNIMPLEMENTED"} <= answers.codes.keys()
     assert growth < 50
     check_all_rows(demo)
+
+
+def test_refusals(demo: ServerProcess, beside, count, is_full: bool, figures: Figures):
+    """Prompts of one token more than can run, far too long ones and bytes that are no text: named, and at once."""
+    seconds, problems = beside.submit(refused_load.send, demo.address, MOST_PROMPT_TOKENS, count(2, 100)).result()
+    p99 = statistics.quantiles(seconds, n=100)[98] * 1000
+    figures(refused=len(seconds), p99_ms=p99, slowest_ms=max(seconds) * 1000)
+    assert not problems, "\n".join(problems[:10])
+    if is_full:
+        assert p99 < 50
+    wait_idle(demo)
 
 
 def test_disconnects(demo: ServerProcess, canary: Canary, beside, count, is_full: bool, figures: Figures):
