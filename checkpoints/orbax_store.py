@@ -116,6 +116,7 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
 
     Raises CheckpointError when a path, a shape or the data is not as the manifest says.
     """
+    import jax
     import orbax.checkpoint as ocp
 
     found = stored(folder)
@@ -131,9 +132,13 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, only_the_first_error():
             tree = checkpointer.restore(Path(folder).resolve() / PARAMS, args=wanted)
-        return {path: lookup(tree, path) for path in targets}
+        arrays = {path: lookup(tree, path) for path in targets}
     except Exception as error:  # of any type: Orbax trusts its files, and raises bare Exceptions itself
         raise CheckpointError(folder, f"cannot be restored ({reason(error)}); convert the model again") from None
+    for path, array in arrays.items():  # of what it does not find, Orbax gives back the target
+        if not isinstance(array, jax.Array) or array.shape != tuple(targets[path].shape):
+            raise CheckpointError(folder, f"cannot be restored ({PARAMS} has no {path}); convert the model again")
+    return arrays
 
 
 @contextmanager

@@ -124,6 +124,18 @@ def test_damaged_data_is_a_typed_error_in_one_line_and_no_log(store, file, caplo
     assert caplog.records == []
 
 
+def test_an_array_that_orbax_does_not_know_is_a_typed_error(store):
+    """It would leave the array out, and give back what was asked for instead."""
+    path = store / "params" / "_METADATA"
+    name = next(iter(orbax_store.stored(store)))
+    last = name.rpartition("/")[2]
+    text = path.read_text()
+    assert f'"{last}"' in text
+    path.write_text(text.replace(f'"{last}"', f'"{last}x"').replace(f"'{last}'", f"'{last}x'"))
+    with pytest.raises(CheckpointError, match="cannot be restored"):
+        orbax_store.restore(store, targets(first_device()))
+
+
 def test_converting_copies_config_and_tokenizer_and_leaves_nothing_half(tmp_path, repository, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
