@@ -134,7 +134,10 @@ def restore(folder: str | Path, targets: "Mapping[str, jax.ShapeDtypeStruct]") -
             tree = checkpointer.restore(Path(folder).resolve() / PARAMS, args=wanted)
         arrays = {path: lookup(tree, path) for path in targets}
     except Exception as error:  # of any type: Orbax trusts its files, and raises bare Exceptions itself
-        raise CheckpointError(folder, f"cannot be restored ({reason(error)}); convert the model again") from None
+        cause = first_cause(error)
+        if isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError)):  # the machine's fault and not the folder's
+            raise
+        raise CheckpointError(folder, f"cannot be restored ({shortened(cause)}); convert the model again") from error
     for path, array in arrays.items():  # of what it does not find, Orbax gives back the target
         if not isinstance(array, jax.Array) or array.shape != tuple(targets[path].shape):
             raise CheckpointError(folder, f"cannot be restored ({PARAMS} has no {path}); convert the model again")
@@ -159,10 +162,12 @@ def is_no_lost_error(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def reason(error: BaseException) -> str:
-    """Its first cause in one short line; TensorStore adds pages of JSON."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+def first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else first_cause(error.__cause__)
+
+
+def shortened(error: BaseException) -> str:
+    """An error in one short line; TensorStore adds pages of JSON."""
     text = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
     return f"{type(error).__name__}: {text[:MOST_REASON]}"
 

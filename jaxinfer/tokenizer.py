@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.errors import InvalidRequest, JaxInferError, ModelFormatError, TokenizerMissing
-from jaxinfer.model_files import parse_json, read_json, read_text
+from jaxinfer.model_files import read_json, read_text
 from jaxinfer.tokenizer_check import check_tokenizer
 from jaxinfer.validation import check_text, shown
 
@@ -91,7 +91,7 @@ class Tokenizer:
         import tokenizers
 
         path = (folder or Path()) / TOKENIZER_FILE
-        with _typed(_bad_file(path, text)):
+        with _typed(_bad_file(path)):
             check_tokenizer(text, path)
             return cls(tokenizers.Tokenizer.from_str(text), config, chat_template, folder)
 
@@ -299,9 +299,8 @@ def _bad_request(problem: str) -> Callable[[BaseException], InvalidRequest]:
     return lambda _: InvalidRequest("prompt", problem)
 
 
-def _bad_file(path: Path, text: str) -> Callable[[BaseException], ModelFormatError]:
+def _bad_file(path: Path) -> Callable[[BaseException], ModelFormatError]:
     def explain(cause: BaseException) -> ModelFormatError:
-        parse_json(text, path)  # a plain syntax error is raised from here, with its line and column
         said = f" (it says: {str(cause)[:MAX_CAUSE_CHARS]})" if isinstance(cause, Exception) else ""
         return ModelFormatError(f"{path}: cannot be used; it is damaged or of a kind that this tokenizers version "
                                 f"does not know{said}")

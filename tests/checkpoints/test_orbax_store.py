@@ -124,6 +124,16 @@ def test_damaged_data_is_a_typed_error_in_one_line_and_no_log(store, file, caplo
     assert caplog.records == []
 
 
+def test_a_machine_without_memory_is_not_the_folders_fault(store, monkeypatch):
+    def restore(*_args, **_options):
+        raise Exception("reading an array") from jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")  # as Orbax does
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", restore)
+    with pytest.raises(Exception, match="reading an array") as caught:
+        orbax_store.restore(store, targets(first_device()))
+    assert not isinstance(caught.value, CheckpointError)
+
+
 def test_an_array_that_orbax_does_not_know_is_a_typed_error(store):
     """It would leave the array out, and give back what was asked for instead."""
     path = store / "params" / "_METADATA"
