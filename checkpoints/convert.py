@@ -50,7 +50,7 @@ def convert(
       quantize: from a path of the tree and its tensor to the arrays stored instead, by path; None leaves the tensor.
       extra: arrays stored beside the weights, by path.
 
-    Raises CheckpointError.
+    Raises CheckpointError, or OSError when the disk does not take it: then nothing is left of it.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -69,9 +69,20 @@ def convert(
         for path, tensor in tree.items():
             changed = None if quantize is None else quantize(path, tensor)
             arrays |= changed or {path: (tensor if dtype is None else cast(tensor, dtype))[...]}
+        check_room(target.parent, sum(array.nbytes for array in arrays.values()))
         orbax_store.save(partial, arrays, quantization=quantization)
         partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server's own user
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError where the disk cannot take so much: better now than behind half of it. Orbax packs the arrays, so
+    it is the most that they may need.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(f"{folder}: the model may need {num_bytes / 1e9:.3f} GB and {free / 1e9:.3f} GB are free; make "
+                      "room or choose another folder")

@@ -7,6 +7,7 @@ folder/params/            Orbax
 import gc
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 100_000_000
 MOST_REASON = 300
 """Characters of another library's error that ours repeats."""
+SYSTEM_ERROR = re.compile(r": ([^:]+) \[os_error_code='\d+'")
+"""As TensorStore ends the text of an error: "... to file 12: No space left on device [os_error_code='28']".
+"""
 DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
@@ -44,15 +48,21 @@ def save(
 
     quantization: what was done to the weights, by name, for `stored_quantization`.
 
-    Raises CheckpointError when it holds one already.
+    Raises CheckpointError when it holds one already, OSError when the disk does not take it.
     """
     import orbax.checkpoint as ocp
 
     folder = Path(folder).resolve()
     if (folder / PARAMS).exists() or is_store(folder):
         raise CheckpointError(folder, "holds a checkpoint already; choose another folder or remove it")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / PARAMS, nested(params))
+    try:
+        with only_the_first_error(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / PARAMS, nested(params))
+    except Exception as error:  # TensorStore's are ValueErrors
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise OSError(f"{folder}: cannot be written ({refused_write(first_cause(error))}); make room or choose another "
+                      "folder") from error
     tensors = {
         path: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name} for path, array in params.items()
     }
@@ -170,6 +180,12 @@ def shortened(error: BaseException) -> str:
     """An error in one short line; TensorStore adds pages of JSON."""
     text = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
     return f"{type(error).__name__}: {text[:MOST_REASON]}"
+
+
+def refused_write(error: BaseException) -> str:
+    """What the system said of a write; TensorStore says before it for which array, in pages where paths are long."""
+    found = SYSTEM_ERROR.search(str(error))
+    return shortened(error) if found is None else found[1]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 * 1024),  # 64 proposals take 1 KiB, with distributions 12
     ("grpc.keepalive_time_ms", 20_000),  # finds a drafter whose network is gone
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s, and gRPC 1.85 waits for these, whatever the keepalive's timeout is
     ("grpc.use_local_subchannel_pool", 1),  # or gRPC's own, longer pauses would outlast the channel
 )
 

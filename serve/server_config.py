@@ -20,9 +20,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),  # bounded by n, max_tokens and logprobs already
     ("grpc.keepalive_time_ms", 60_000),  # finds clients whose network is gone, so that their pages are freed
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # 60 s, and gRPC 1.85 waits for these, whatever the keepalive's timeout is
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # gateways ping idle channels every 30 s
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # gateways ping idle channels every 30 s
 )
 
 

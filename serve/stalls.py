@@ -28,18 +28,22 @@ Context = grpc.aio.ServicerContext
 
 
 class WatchedContext:
-    """A call's context that notes since when a write waits.
+    """A call's context that knows since when a write waits.
+
+    Nothing of ours stands between a handler and gRPC's write, which every message would pass twice: whether the write
+    still waits is asked of its coroutine, and only when somebody looks.
 
     has_status: the handler itself has ended the call. was_stalled: `end` was called.
     """
 
-    __slots__ = ("_context", "_has_begun", "_now", "_task", "has_status", "was_stalled", "writing_since")
+    __slots__ = ("_began", "_context", "_has_begun", "_now", "_task", "_writing", "has_status", "was_stalled")
 
     def __init__(self, context: Context, loop: asyncio.AbstractEventLoop):
         self._context = context
         self._now = loop.time
         self._task = asyncio.current_task()
-        self.writing_since = math.inf  # nothing waits
+        self._writing: Any = None  # the newest write or abort, a coroutine
+        self._began = 0.0  # when it did
         self._has_begun = False
         self.has_status = False
         self.was_stalled = False
@@ -47,20 +51,29 @@ class WatchedContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
+    @property
+    def waits_since(self) -> float:
+        """When the write began that gRPC has not taken yet; infinity where there is none."""
+        return math.inf if self._writing is None or self._writing.cr_await is None else self._began
+
     async def send_initial_metadata(self, metadata: Any) -> None:
         self._has_begun = True
         await self._context.send_initial_metadata(metadata)
 
-    async def write(self, message: Any) -> None:
-        self.writing_since = self._now()
-        if not self._has_begun:  # by itself: gRPC could not end a call whose first message waits with the headers
-            await self.send_initial_metadata(())
+    def write(self, message: Any) -> Awaitable[None]:
+        self._began = self._now()
+        self._writing = self._context.write(message) if self._has_begun else self._write_first(message)
+        return self._writing
+
+    async def _write_first(self, message: Any) -> None:
+        """Behind the headers by themselves: gRPC could not end a call whose first message waits with them."""
+        await self.send_initial_metadata(())
         await self._context.write(message)
-        self.writing_since = math.inf
 
     async def abort(self, *args: Any, **kwargs: Any) -> None:
-        self.has_status, self.writing_since = True, self._now()  # it waits behind what was written
-        await self._context.abort(*args, **kwargs)
+        self.has_status, self._began = True, self._now()  # it waits behind what was written
+        self._writing = self._context.abort(*args, **kwargs)
+        await self._writing
 
     def end(self) -> None:
         """Cancels the handler, which frees what it holds as for any other reason to leave."""
@@ -72,12 +85,12 @@ class WatchedContext:
 class Answer:
     """The one message of a call that is no stream, from when it is gRPC's to write until the call's task has ended."""
 
-    __slots__ = ("_method", "_task", "was_stalled", "writing_since")
+    __slots__ = ("_method", "_task", "waits_since", "was_stalled")
 
     def __init__(self, method: str, task: asyncio.Task[Any], now: float):
         self._method = method
         self._task = task
-        self.writing_since = now
+        self.waits_since = now
         self.was_stalled = False
 
     def end(self) -> None:
@@ -159,7 +172,7 @@ class EndStalled(grpc.aio.ServerInterceptor):
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         limit = loop.time() - self._timeout
         for watched in self._running:
-            if watched.writing_since < limit and not watched.was_stalled:
+            if watched.waits_since < limit and not watched.was_stalled:
                 watched.end()
         self._timer = None
         if self._running:

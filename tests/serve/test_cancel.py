@@ -173,7 +173,8 @@ def test_disconnect_storm():
         asyncio.run(storm(served.server.address, 200))
         eventually(lambda: not engine.rows)
         bridge = served.server.served._bridge
-        assert bridge is not None and bridge.num_streams == 0
+        assert bridge is not None
+        eventually(lambda: not bridge.num_streams)  # the engine lets go of a row before the loop has its last tokens
         eventually(lambda: served.server.served.calls.num_running == 0)
         assert len(engine.cancelled) > 10
         assert served.client.generate("ab", max_tokens=3).text == "cde"

@@ -21,7 +21,7 @@ when it is alone and in prefill steps beside others; between the two float32 log
 @dataclass
 class Paced:
     """Answers that were the same, and seconds between their messages (of one token each, where a step makes one).
-    refused: requests that the queue did not take.
+    refused: requests that were not taken.
     """
 
     answers: int = 0
@@ -35,8 +35,10 @@ class Paced:
 class Canary:
     """Learns its answer while the server is quiet."""
 
-    def __init__(self, address: str, prompt: str = PROMPT, tokens: int = TOKENS):
-        self._address, self._prompt, self._tokens = address, prompt, tokens
+    def __init__(self, address: str, prompt: str = PROMPT, tokens: int = TOKENS,
+                 may_refuse: tuple[grpc.StatusCode, ...] = (grpc.StatusCode.RESOURCE_EXHAUSTED,)):
+        """may_refuse: what a request may be told instead of its first token."""
+        self._address, self._prompt, self._tokens, self._may_refuse = address, prompt, tokens, may_refuse
         self.wanted: tuple[int, ...] = ()
         self.quiet = Paced()
         with Client(address) as client:
@@ -88,7 +90,7 @@ class Canary:
                 last = now
                 ids += delta.token_ids
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or ids:
+            if error.code() not in self._may_refuse or ids:
                 raise
             paced.refused += 1
             time.sleep(0.05)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import grpc
 import pytest
-from counting_engine import make_core
+from counting_engine import VOCAB_SIZE, make_core
 from figures import Figures
 from paged_engine import CountingRunner
+from reading import Reading
 from serving import Served, eventually, serving
 
 from jaxinfer.config import EngineConfig
@@ -26,6 +27,7 @@ from serve.client import Stream
 SECONDS = 0.4
 """The deadline."""
 ROWS = 2
+PROMPT = 97
 CONFIG = EngineConfig(max_model_len=256, num_pages=64, page_size=8, max_num_seqs=ROWS, max_num_batched_tokens=16,
                       max_decode_rounds=1)
 
@@ -80,7 +82,7 @@ class Round:
     def __init__(self, served: Served, runner: SteppedRunner, others: int):
         assert served.core is not None
         self._served, self._runner, self.engine = served, runner, served.core.engine
-        self._others = [served.client.stream("a", max_tokens=200, ignore_eos=True) for _ in range(others)]
+        self._others = [Reading(served.client.stream([PROMPT], max_tokens=200, ignore_eos=True)) for _ in range(others)]
         eventually(lambda: self._num_calls() == others)
         for _ in range(3):  # all have begun
             runner.step()
@@ -113,13 +115,18 @@ class Round:
     def has_begun(self) -> bool:
         return self._num_begun() > self._begun
 
-    def close(self) -> None:
-        for stream in self._others:
-            stream.cancel()
+    def close(self) -> int:
+        """Ends the others; returns how many tokens they had, all of them right."""
+        for other in self._others:
+            other.stream.cancel()
+            other.join()
         eventually(lambda: self._num_calls() == 0)
         assert self._served.core is not None
         self._runner.finish(self._served.core)
         eventually(lambda: self.engine.load().pages_used == 0)
+        for other in self._others:
+            assert other.ids == [(PROMPT + 1 + number) % VOCAB_SIZE for number in range(len(other.ids))]
+        return sum(len(other.ids) for other in self._others)
 
     def _num_calls(self) -> int:
         return self._served.server.served.calls.num_running
@@ -130,7 +137,7 @@ class Round:
 
 
 def test_deadlines(served: Served, runner: SteppedRunner, count, figures: Figures):
-    rng, phases, late, ran = random.Random(6), Counter[str](), 0, 0
+    rng, phases, late, ran, beside = random.Random(6), Counter[str](), 0, 0, 0
     rounds = count(6, 120)
     for number in range(rounds):
         wanted = ("queue", "prefill", "decode")[number % 3]
@@ -143,9 +150,11 @@ def test_deadlines(served: Served, runner: SteppedRunner, count, figures: Figure
         phases[one.phase()] += 1
         late += not one.ends(stream)
         ran += wanted == "queue" and one.has_begun()
-        one.close()
+        beside += one.close()
     assert served.core is not None
     leaks = served.core.engine.metrics()["idle_leaks"]
-    figures(deadlines=rounds, phases=dict(phases), queued_that_ran=ran, not_free_after_one_step=late, idle_leaks=leaks)
+    figures(deadlines=rounds, phases=dict(phases), queued_that_ran=ran, not_free_after_one_step=late, idle_leaks=leaks,
+            tokens_beside=beside)
     assert phases.keys() == {"queue", "prefill", "decode"}
     assert (ran, late, leaks) == (0, 0, 0)
+    assert beside >= rounds, "the others had nothing to be compared"

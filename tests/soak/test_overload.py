@@ -1,7 +1,6 @@
 """A server that gets more than it can take, and one that is told to stop. One process of the demo model."""
 
 import signal
-import threading
 import time
 from typing import Any
 
@@ -12,9 +11,8 @@ from canary import Canary, quantile
 from figures import Figures
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quiet import wait_idle
+from reading import Reading
 from server_process import ROWS, ServerProcess
-
-from serve.client import Client
 
 WAITING = 16
 DEMO_OPTIONS = ("--max-waiting", str(WAITING), "--drain-seconds", "120")
@@ -41,24 +39,6 @@ def test_a_flood(demo: ServerProcess, canary: Canary, beside, count, is_full: bo
         assert reject < 50 and first < 1.5 * bound and found.recovery <= 5
 
 
-class LongStream(threading.Thread):
-    """Reads a stream to its end; `ids` are what came."""
-
-    def __init__(self, client: Client, tokens: int):
-        super().__init__()
-        self._stream = client.stream("import", max_tokens=tokens, temperature=0, ignore_eos=True, timeout=200)
-        self.ids: list[int] = []
-        self.error: Any = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for delta in self._stream:
-                self.ids += delta.token_ids
-        except grpc.RpcError as error:
-            self.error = error
-
-
 def test_draining(demo: ServerProcess, count, figures: Figures):
     """After SIGTERM health says so at once, new requests are refused, those that run or wait finish, and the end is
     clean. The server of this module ends here.
@@ -68,7 +48,8 @@ def test_draining(demo: ServerProcess, count, figures: Figures):
         health: Any = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=200)
         assert next(watch).status != NOT_SERVING
-        found = [LongStream(client, tokens) for _ in range(streams)]
+        found = [Reading(client.stream("import", max_tokens=tokens, temperature=0, ignore_eos=True, timeout=200))
+                 for _ in range(streams)]
         while num_in(demo) < streams:  # one that comes after the signal is refused, and should be
             time.sleep(0.01)
         demo.process.send_signal(signal.SIGTERM)

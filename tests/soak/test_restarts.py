@@ -2,23 +2,19 @@
 
 import os
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cache_entries_check
-import grpc
 import pytest
 import server_process
+from endings import told_unavailable
 from figures import Figures
 from server_process import DEMO, SMALLEST, ServerProcess
 from tqdm import tqdm
 
 ASKED = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "timeout": 60}
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
 class Restarts:
@@ -104,33 +100,7 @@ def killed_after(server: ServerProcess, seconds: float) -> str:
 def killed_under_streams(server: ServerProcess) -> list[float]:
     """Kills it while streams run; seconds until each of them, and a new call, was told UNAVAILABLE."""
     with server.client() as client:
-        streams = [iter(client.stream("import", max_tokens=200, temperature=0, ignore_eos=True)) for _ in range(2)]
-        for stream in streams:
-            next(stream)
-        ends: list[float] = []
-        threads = [threading.Thread(target=ends_unavailable, args=(lambda stream=stream: list(stream), ends))
-                   for stream in streams]
-        for thread in threads:
-            thread.start()
-        server.process.kill()
-        killed = time.monotonic()
-        for thread in threads:
-            thread.join(10)
-        server.process.wait()
-        lags = [end - killed for end in ends]
-        began = time.monotonic()
-        ends_unavailable(lambda: client.load(timeout=10), ends)
-    assert len(ends) == len(threads) + 1, "not all calls ended with UNAVAILABLE"
-    return [*lags, ends[-1] - began]
-
-
-def ends_unavailable(call: Callable[[], Any], ends: list[float]) -> None:
-    """Notes when it ended, if it was with UNAVAILABLE."""
-    try:
-        call()
-    except grpc.RpcError as error:
-        if error.code() is UNAVAILABLE:
-            ends.append(time.monotonic())
+        return told_unavailable(client, server.process.kill, server.process.wait)
 
 
 def test_a_damaged_cache_heals(restarts: Restarts, figures: Figures):
