@@ -9,6 +9,8 @@ import pytest
 from counting_engine import CountingEngine, make_core
 from serving import eventually, serving
 
+from jaxinfer import draft_client
+from jaxinfer.draft_client import DraftClient
 from serve import server_config
 from serve.client import Client
 
@@ -49,17 +51,22 @@ class Cable:
     def cut(self) -> None:
         self._is_cut = True
 
+    def mend(self) -> None:
+        """For new connections; the old ones have lost what was sent meanwhile."""
+        self._is_cut = False
+
     def close(self) -> None:
         for each in (self._listener, *self._sockets):
             each.close()
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server's own options with shorter times."""
-    assert set(KEEPALIVE) <= dict(server_config.CHANNEL_OPTIONS).keys()
-    monkeypatch.setattr(server_config, "CHANNEL_OPTIONS", tuple(
-        (name, SHORT_MS if name in KEEPALIVE else value) for name, value in server_config.CHANNEL_OPTIONS))
+@pytest.fixture(params=[server_config], ids=["server"])
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of a server, or of who calls a drafter, with shorter times."""
+    options = request.param.CHANNEL_OPTIONS
+    assert set(KEEPALIVE) <= dict(options).keys()
+    monkeypatch.setattr(request.param, "CHANNEL_OPTIONS", tuple(
+        (name, SHORT_MS if name in KEEPALIVE else value) for name, value in options))
 
 
 @contextlib.contextmanager
@@ -101,3 +108,19 @@ def test_a_client_with_a_network_is_left_alone_however_quiet():
         for _ in range(9):
             served.engine.step()
         assert sum(len(delta.token_ids) for delta in stream) == 9
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("short", [draft_client], ids=["drafts"], indirect=True)
+def test_a_drafter_without_a_network_is_noticed_and_found_again():
+    with serving(make_core(CountingEngine(pace=0.01))) as served, cable_to(served.server.address) as cable:
+        drafts = DraftClient(cable.address, num_wanted=4)
+        try:
+            drafts.tell(1, 0, [1, 2, 3])
+            eventually(drafts.take)
+            cable.cut()
+            eventually(lambda: not drafts.is_alive, timeout=20)
+            cable.mend()
+            eventually(lambda: drafts.is_alive, timeout=20)
+        finally:
+            drafts.close()
