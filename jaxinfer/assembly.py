@@ -93,10 +93,10 @@ class _Sample:
 
     def feed(self, chunk: TokenChunk) -> Delta:
         """Takes a chunk's tokens one by one, so that chunk borders cannot matter."""
-        if not self._keeps_output:
-            self._forget()
         if self._is_plain and chunk.finish_reason is None:
             return self._feed_plain(chunk.token_ids)
+        if not self._keeps_output:
+            self._forget()
         num_before, num_pieces = len(self.out.token_ids), len(self._pieces)
         logprobs = chunk.logprobs or [None] * len(chunk.token_ids)
         for id, logprob in zip(chunk.token_ids, logprobs, strict=True):
@@ -110,11 +110,13 @@ class _Sample:
     def _feed_plain(self, ids: list[int]) -> Delta:
         """Tokens that can only add text, all at once: no stop strings, no log-probabilities, and not the end, where a
         stop id may be among them."""
-        out = self.out
-        out.token_ids += ids
         piece = "" if self._decoder is None else self._decoder.feed(ids)
-        self._release(piece)
-        return Delta(self._request.id, out.index, piece, ids)
+        if self._keeps_output:
+            self.out.token_ids += ids
+            self._release(piece)
+        else:
+            self._num_forgotten += len(ids)
+        return Delta(self._request.id, self.out.index, piece, ids)
 
     def _forget(self) -> None:
         """What earlier deltas have told."""

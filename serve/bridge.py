@@ -8,7 +8,7 @@ may wait for the loop, which has to give what arrives to its requests: see `arri
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from jaxinfer.core import EngineHandle
@@ -33,15 +33,16 @@ class Stream:
     (`wait` raises), or when the reader leaves, which cancels what still runs. What comes later is ignored.
     """
 
-    __slots__ = ("_bridge", "_consume", "_error", "_news", "_reader", "_running", "request")
+    __slots__ = ("_bridge", "_consume", "_error", "_news", "_reader", "_running", "_told", "request")
 
     def __init__(self, bridge: "Bridge", request: Request, consume: Consume):
         self.request = request
         self._bridge = bridge
         self._consume = consume
         self._running = set(range(request.params.n))
-        self._news = False
-        self._reader: asyncio.Future[None] | None = None
+        self._news = False  # that the reader was not told of
+        self._told = False  # it was, and reads
+        self._reader: asyncio.Future[bool] | None = None
         self._error: BaseException | None = None
 
     async def __aenter__(self) -> "Stream":
@@ -63,7 +64,8 @@ class Stream:
         elif chunk.index in self._running:
             try:
                 fault_point("consume", self.request.id)
-                self._news |= self._consume(chunk)
+                if self._consume(chunk) and not self._told:
+                    self._news = True
             except BaseException as error:  # also a panic of a Rust library: it is this request's problem only
                 self.fail(error)
                 return
@@ -72,17 +74,19 @@ class Stream:
             if self._news and self._reader is not None:
                 self._wake()
 
-    async def wait(self) -> bool:
-        """Waits until there is something to read, and says whether there is; then False for ever. Raises the error."""
-        if not self._news and self._running:
-            self._reader = self._bridge.loop.create_future()
-            await self._reader
-        if self._news:
-            self._news = False
-            return True
-        if self._error is not None:
-            raise self._error
-        return False
+    def wait(self) -> Awaitable[bool]:
+        """Waits until there is something to read, and says whether there is; then False for ever. Raises the error.
+
+        Who was told reads all that is there, what comes meanwhile too, before it waits again. It is a future and no
+        coroutine, which every message would make.
+        """
+        self._told = False
+        reader = self._bridge.loop.create_future()
+        if self._running and not self._news:
+            self._reader = reader
+        else:
+            self._answer(reader)
+        return reader
 
     def cancel_sample(self, index: int) -> None:
         """Ends one sample from our side (a stop string matched)."""
@@ -117,7 +121,17 @@ class Stream:
     def _wake(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
-            reader.set_result(None)
+            self._answer(reader)
+
+    def _answer(self, reader: "asyncio.Future[bool]") -> None:
+        if self._news:
+            self._news, self._told = False, True
+            reader.set_result(True)
+        elif self._error is not None:
+            reader.set_exception(self._error)
+            reader.exception()  # a reader that leaves now does not take it, and nobody need hear of that
+        else:
+            reader.set_result(False)
 
 
 class Bridge:

@@ -160,7 +160,8 @@ class Outbox:
         message = self.messages.popleft()
         if isinstance(message, bytes):
             return pb.GenerateStreamResponse.FromString(message)
-        self._join_texts()
+        if self._texts:
+            self._join_texts()
         return message
 
     def _append(self, message: pb.GenerateStreamResponse) -> None:

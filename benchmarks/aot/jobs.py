@@ -27,7 +27,6 @@ FAILURES = (toolchain.JobFailed, subprocess.TimeoutExpired)
 WORKERS = 2
 A_PROCESS = 12
 """Calls of kernels: starting a process costs as much as compiling two or three."""
-MATMUL = "int8_matmul"
 
 
 @dataclass(frozen=True)
@@ -75,29 +74,14 @@ def kernel_jobs(chip: str, wanted: Callable[[str], bool]) -> Iterator[Job]:
 
 
 def compile_kernels(programs: Sequence[KernelProgram]) -> list[Found]:
-    """All of one operation, in one process; a matmul that spills more than others may is held against XLA's own."""
+    """All of one operation, in one process."""
     target_name = programs[0].target
     try:
         arguments = [dict(each.arguments) for each in programs]
         measured = measure.measure(programs[0].operation, arguments, target_name)
     except FAILURES as failure:
         measured = [Measured(dict(each.arguments), error=str(failure)) for each in programs]
-    found = [Found(*each) for each in zip(programs, measured, strict=True)]
-    compared = [dot_arguments(each.program) for each in found if each.spills and is_matmul(each.program)]
-    dots = iter(measure.measure(MATMUL, compared, target_name) if compared else ())
-    return [each.beside(next(dots)) if each.spills and is_matmul(each.program) else each for each in found]
-
-
-def is_matmul(program: KernelProgram) -> bool:
-    return MATMUL in (program.operation, program.arguments.get("operation"))
-
-
-def dot_arguments(program: KernelProgram) -> dict[str, Any]:
-    """The same matmul by XLA."""
-    if program.operation == MATMUL:
-        return program.arguments | {"implementation": "xla"}
-    key = program.arguments["key"]
-    return {"num_rows": key["rows"], "in_features": key["in_features"], "implementation": "xla"}
+    return [Found(*each) for each in zip(programs, measured, strict=True)]
 
 
 def run(jobs: Sequence[Job]) -> list[Any]:

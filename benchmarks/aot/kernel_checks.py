@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import jax.numpy as jnp
@@ -23,11 +23,10 @@ SMALL = 2 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """A call and what the compiler made of it. xla_spilling: of XLA's own dot at the same shape, where it was asked."""
+    """A call and what the compiler made of it."""
 
     program: KernelProgram
     measured: Measured
-    xla_spilling: float | None = None
 
     @property
     def title(self) -> str:
@@ -40,34 +39,12 @@ class Found:
         return max(ours(self.measured), key=lambda loop: loop.loop_spilling, default=None)
 
     @property
-    def limit(self) -> float:
-        """Most of the hot loop's bundles that may spill. A matmul of many rows keeps its sums in VMEM, where XLA's own
-        dot keeps them too: stores that are called spills and cost slots that are free.
-        """
-        return max(MOST_SPILLING, self.xla_spilling or 0.0)
-
-    @property
-    def spills(self) -> bool:
-        """More than most kernels may."""
-        return self.spilling is not None and self.spilling.loop_spilling > MOST_SPILLING
-
-    def beside(self, dot: Measured) -> "Found":
-        """With XLA's dot to hold it against."""
-        return replace(self, xla_spilling=dot_spilling(dot))
-
-    @property
     def gpu_kernels(self) -> tuple[ptxas.Kernel, ...]:
         return tuple(kernel for kernel in self.measured.kernels if "mosaic" in kernel.name)
 
 
 def ours(measured: Measured) -> list[LoopFigures]:
     return [loop for loop in measured.loops if loop.kernel.startswith(KERNELS)]
-
-
-def dot_spilling(measured: Measured) -> float:
-    """Of XLA's matmul: the loop that fills most of the matrix unit's slots."""
-    loops = sorted(measured.loops, key=lambda loop: loop.loop_matrix_fill)
-    return loops[-1].loop_spilling if loops else 0.0
 
 
 def complaints(found: Found) -> list[str]:
@@ -77,8 +54,8 @@ def complaints(found: Found) -> list[str]:
         return [f"did not compile: {(measured.error or '').strip().splitlines()[0][:300]}"]
     wrong = []
     worst = found.spilling
-    if worst is not None and worst.loop_spilling > found.limit:
-        wrong.append(f"{worst.kernel} spills in {worst.loop_spilling:.1%} of its hot loop, over {found.limit:.1%}")
+    if worst is not None and worst.loop_spilling > MOST_SPILLING:
+        wrong.append(f"{worst.kernel} spills in {worst.loop_spilling:.1%} of its hot loop, over {MOST_SPILLING:.1%}")
     spilling = (kernel for kernel in found.gpu_kernels if kernel.spill_stores + kernel.spill_loads + kernel.stack_frame)
     wrong += [f"ptxas spills {kernel.spill_stores} B, frame {kernel.stack_frame} B in {kernel.name}"
               for kernel in spilling]  # fmt: skip
@@ -153,10 +130,9 @@ def row(kernel: str, where: str, group: Sequence[Found]) -> tuple[str, ...]:
 
 
 def worst_spilling(compiled: Sequence[Found]) -> str:
-    """TPU: share of a hot loop's bundles, XLA's own where that is the limit. GPU: bytes of spill stores of a kernel."""
-    shares = [(each.spilling.loop_spilling, each) for each in compiled if each.spilling is not None]
+    """TPU: share of a hot loop's bundles. GPU: bytes of spill stores of a kernel."""
+    shares = [each.spilling.loop_spilling for each in compiled if each.spilling is not None]
     if shares:
-        share, worst = max(shares, key=lambda each: each[0])
-        return f"{share:.1%}" + (f" (XLA's dot {worst.xla_spilling:.1%})" if worst.xla_spilling is not None else "")
+        return f"{max(shares):.1%}"
     stores = [kernel.spill_stores for each in compiled for kernel in each.gpu_kernels]
     return f"{max(stores):,} B" if stores else "-"

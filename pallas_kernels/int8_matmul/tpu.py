@@ -3,9 +3,10 @@
 The grid walks blocks of output features; a block of weights is all of D wide, so that a product is one sum, never
 carried from step to step. The rows of x stay in VMEM, and where activations are quantised they are so once, at the
 first block of features, into a scratch that all others reuse. Weights stream through the pipeline's two buffers.
-Sums of many rows pass through VMEM between the matrix unit's passes; beside them there is room for those moves.
+Sums of some rows at a time stay in registers, or, where D is wide, go to VMEM and back for each part of it.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ QUANTIZED_ROWS, QUANTIZED_COLUMNS = 32, 1024
 # 4096 on a v6e 5,450 bundles, one after the other 2,500 + 4,250. It is twice the code and compiles as much longer; with
 # blocks of 512 features of a v5e it would save less than 1 %.
 OVERLAPPED_FEATURES = 1024
+# Parts of D up to which all groups of rows are one stretch of code. 256 of 512 rows at a time, on a v6e: D 4096, 8
+# parts, 18,773 bundles (as a loop, which fills and drains the matrix unit for either group, 21,085); D 14336, 28 parts,
+# 68,573, and spills in 48 % of the loop's (as a loop of groups 69,781 and 0.1 %).
+UNROLLED_PARTS = 8
 # Of the smallest VMEM of the served chips (64 MiB, TPU7x); what is left is the compiler's own for sums and spills.
 BLOCKS_BYTES = 40 * 2**20
 VMEM_BYTES = 56 * 2**20
@@ -41,19 +46,31 @@ VMEM_BYTES = 56 * 2**20
 
 @dataclass(frozen=True)
 class Blocks:
-    """rows: most rows of x a block. weight_bytes: of a block of weights; it is at least 128 output features."""
+    """rows: most rows of x a block. weight_bytes: of a block of weights; it is at least 128 output features. sum_rows:
+    rows whose sums are made at a time; sum_columns: of D at a time, 0 for all. Both where activations are quantised.
+    """
 
     rows: int = 512
     weight_bytes: int = 2**19
+    sum_rows: int = 256
+    sum_columns: int = 0
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a call uses: rows and output features a block, cores that share the features."""
+    """What a call uses: rows and output features a block, cores that share the features; of a block, rows and columns
+    of D that are summed at a time.
+    """
 
     rows: int
     out_features: int
     cores: int
+    sum_rows: int
+    sum_columns: int
+
+    def loops(self, width: int) -> bool:
+        """Whether groups of rows are passes of a loop and not one stretch of code."""
+        return pl.cdiv(width, self.sum_columns) > UNROLLED_PARTS
 
 
 def matmul(
@@ -85,7 +102,7 @@ def tiled_matmul(
         # Proves what the compiled kernel does not check again.
         return jnp.clip(layer[0], 0, num_layers - 1)
 
-    kernel = quantized_kernel if quantize_activations else weight_only_kernel
+    kernel = functools.partial(quantized_kernel, tiling) if quantize_activations else weight_only_kernel
     # A scale's layer is found in a tile of 8 layers: a block of one row would need another tiling, a copy of them all.
     scale_layers = min(num_layers, 8)
     return pl.pallas_call(
@@ -112,7 +129,7 @@ def tiled_matmul(
             out_specs=pl.BlockSpec(
                 (tiling.rows, tiling.out_features), lambda core, i, j, layer: (i, feature_block(core, j))
             ),
-            scratch_shapes=scratch_shapes(tiling.rows, width) if quantize_activations else [],
+            scratch_shapes=scratch_shapes(tiling, width) if quantize_activations else [],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -124,10 +141,11 @@ def tiled_matmul(
     )(layer, x, values, scale)
 
 
-def scratch_shapes(rows: int, width: int) -> list:
-    """Quantised rows, their scales, and what they are multiplied by, in all lanes."""
-    columns = ((width, jnp.int8), (1, jnp.float32), (LANES, jnp.float32))
-    return [pltpu.VMEM((rows, number), dtype) for number, dtype in columns]
+def scratch_shapes(tiling: Tiling, width: int) -> list:
+    """Quantised rows, their scales, what they are multiplied by in all lanes, and sums that are not finished."""
+    sums = tiling.out_features if tiling.sum_columns < width else LANES
+    columns = ((width, jnp.int8), (1, jnp.float32), (LANES, jnp.float32), (sums, jnp.int32))
+    return [pltpu.VMEM((tiling.rows, number), dtype) for number, dtype in columns]
 
 
 def weight_only_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref):
@@ -136,13 +154,19 @@ def weight_only_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref):
     out_ref[...] = (sums * scale_of_layer(layer_ref, scale_ref)).astype(out_ref.dtype)
 
 
-def quantized_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized_ref, x_scale_ref, factor_ref):
-    def store(sums: Array) -> None:
-        scaled = sums.astype(jnp.float32) * x_scale_ref[...] * scale_of_layer(layer_ref, scale_ref)
-        out_ref[...] = scaled.astype(out_ref.dtype)
+def quantized_kernel(
+    tiling: Tiling, layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized_ref, x_scale_ref, factor_ref, sums_ref
+):
+    def multiply_some(rows) -> None:
+        sums = summed(quantized_ref, values_ref, sums_ref, rows, tiling.sum_columns)
+        scaled = sums.astype(jnp.float32) * x_scale_ref[rows, :] * scale_of_layer(layer_ref, scale_ref)
+        out_ref[rows, :] = scaled.astype(out_ref.dtype)
 
-    def product() -> Array:
-        return lax.dot_general(quantized_ref[...], values_ref[...], LAST_WITH_LAST, preferred_element_type=jnp.int32)
+    def multiply() -> None:
+        size, in_loop = tiling.sum_rows, tiling.rows if tiling.loops(quantized_ref.shape[1]) else 0
+        pl.loop(0, in_loop // size)(lambda i: multiply_some(pl.ds(pl.multiple_of(i * size, size), size)))
+        for start in range(in_loop // size * size, tiling.rows, size):
+            multiply_some(pl.ds(start, min(size, tiling.rows - start)))
 
     is_first, beside = pl.program_id(2) == 0, values_ref.shape[0] >= OVERLAPPED_FEATURES
 
@@ -151,9 +175,25 @@ def quantized_kernel(layer_ref, x_ref, values_ref, scale_ref, out_ref, quantized
         find_scales(x_ref, x_scale_ref, factor_ref)
         quantize(x_ref, factor_ref, quantized_ref, beside)
         if beside:
-            store(product())
+            multiply()
 
-    pl.when(~is_first if beside else True)(lambda: store(product()))
+    pl.when(~is_first if beside else True)(multiply)
+
+
+def summed(quantized_ref, values_ref, sums_ref, rows, sum_columns: int) -> Array:
+    """i32[rows, F block]. Parts of D but the last leave their sums in `sums_ref`: those of 256 rows and one pass of a
+    v6e's matrix unit would fill all 64 registers.
+    """
+    width = quantized_ref.shape[1]
+    for start in range(0, width, sum_columns):
+        columns = pl.ds(start, min(sum_columns, width - start))
+        sums = lax.dot_general(quantized_ref[rows, columns], values_ref[:, columns], LAST_WITH_LAST,
+                               preferred_element_type=jnp.int32)  # fmt: skip
+        sums = sums + sums_ref[rows, :] if start else sums
+        if start + sum_columns >= width:
+            return sums
+        sums_ref[rows, :] = sums
+    raise ValueError("x has no columns")
 
 
 def find_scales(x_ref, x_scale_ref, factor_ref) -> None:
@@ -214,7 +254,7 @@ def choose_tiling(num_rows: int, width: int, out_features: int, itemsize: int, b
     rows = pl.cdiv(num_rows, pl.cdiv(num_rows, most))
     rows = round_up(rows, QUANTIZED_ROWS) if rows > 16 else round_up(rows, 8)
     cores = 2 if current_device().kind in TWO_CORES and pl.cdiv(out_features, features) % 2 == 0 else 1
-    return Tiling(rows, features, cores)
+    return Tiling(rows, features, cores, min(blocks.sum_rows, rows), min(blocks.sum_columns or width, width))
 
 
 def vmem_bytes(rows: int, features: int, width: int, itemsize: int, more_rows: bool) -> int:

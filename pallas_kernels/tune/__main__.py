@@ -75,7 +75,7 @@ def tuned(operation: Operation, keys: list[Key], target_name: str | None) -> Ite
                          f"operation is for, or pass --target, one of {CHIPS}")  # fmt: skip
     for key in keys:
         trials = try_all(operation, key, platform, target_name)
-        best = winner(trials, operation.most_spilling)
+        best = winner(trials)
         tqdm.write("\n".join([f"{operation.name} on {kind}, {dict(key)}", *table(trials, unit, best)]))
         if best is not None:
             yield tuning.Entry(kind, dict(key), best.blocks, provenance(best, unit, bool(target_name)))

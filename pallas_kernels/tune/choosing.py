@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Share of the hot loop's bundles that may store a spilled register (`Operation.most_spilling`).
+# Share of the hot loop's bundles that may store a spilled register.
 MOST_SPILLING = 0.05
 # Costs that differ by less are equal.
 TOLERANCE = 0.01
@@ -28,12 +28,12 @@ class Trial:
     error: str = ""
 
 
-def winner(trials: Sequence[Trial], most_spilling: float = MOST_SPILLING) -> Trial | None:
-    """Of those that spill in at most most_spilling (of all, where none does) the one with the least cost; of equal ones
+def winner(trials: Sequence[Trial]) -> Trial | None:
+    """Of those that spill in at most MOST_SPILLING (of all, where none does) the one with the least cost; of equal ones
     those with hardly more than the fewest bundles, and of these the last. None where no candidate works.
     """
     working = [trial for trial in trials if not trial.error]
-    calm = [trial for trial in working if trial.spilling <= most_spilling] or working
+    calm = [trial for trial in working if trial.spilling <= MOST_SPILLING] or working
     least = min((trial.cost for trial in calm), default=0.0)
     equal = [trial for trial in calm if trial.cost <= least * (1 + TOLERANCE)]
     few = min((trial.bundles for trial in equal), default=0) * (1 + BUNDLES_TOLERANCE)

@@ -15,21 +15,18 @@ from pallas_kernels.int8_matmul import tpu as matmul_tpu
 from pallas_kernels.ragged_paged_attention import gpu_blocks
 from pallas_kernels.tune import gpu_attention, tpu_attention
 from pallas_kernels.tune.calls import Blocks, Call, Key, shape_of
-from pallas_kernels.tune.choosing import MOST_SPILLING
 
 
 @dataclass(frozen=True)
 class Operation:
     """classes: keys of `tuned/<name>.json`. candidates: by key and platform, of equal ones the last wins. call: for
     a key with given blocks, to be made where the device in use is the one that it is for (`jax.set_mesh`).
-    most_spilling: share of the hot loop's bundles that may store a spilled register before a candidate is passed over.
     """
 
     name: str
     classes: tuple[Key, ...]
     candidates: Callable[[Key, str], list[Blocks]]
     call: Callable[[Key, Blocks], Call]
-    most_spilling: float = MOST_SPILLING
 
 
 def matmul_classes() -> tuple[Key, ...]:
@@ -45,7 +42,9 @@ def matmul_candidates(key: Key, platform: str) -> list[Blocks]:
     if platform == "tpu":
         rows = (512, 1024) if int(key["rows"]) > 512 else (512,)
         sizes = (int(key["in_features"]) << features for features in range(10, 6, -1))
-        return [asdict(matmul_tpu.Blocks(most, size)) for most, size in itertools.product(rows, sizes)]
+        columns = (512, 0) if int(key["rows"]) >= 512 else (0,)
+        return [asdict(matmul_tpu.Blocks(most, size, sum_columns=some))
+                for most, size, some in itertools.product(rows, sizes, columns)]
     if platform != "gpu":
         return []
     few = [matmul_gpu.Blocks(rows=64, warpgroups=1, slots=slots) for slots in (6, 8, 12)]
@@ -76,8 +75,7 @@ PREFILL = Operation(
     "ragged_paged_attention_prefill", tpu_attention.prefill_classes(), tpu_attention.prefill_candidates,
     tpu_attention.prefill_call,
 )  # fmt: skip
-# A product of many rows keeps its sums in VMEM by way of spills, XLA's own does too; stores are not what limits it.
-MATMUL = Operation("int8_matmul", matmul_classes(), matmul_candidates, matmul_call, most_spilling=1.0)
+MATMUL = Operation("int8_matmul", matmul_classes(), matmul_candidates, matmul_call)
 GPU_DECODE = Operation(
     gpu_blocks.DECODE, gpu_attention.decode_classes(), gpu_attention.decode_candidates, gpu_attention.decode_call
 )

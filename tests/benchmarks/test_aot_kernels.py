@@ -60,6 +60,7 @@ def test_a_good_call_passes_and_loops_of_xla_do_not_count():
     [
         (Found(ATTENTION, Measured({}, error="JaxRuntimeError: vmem exceeded\nmore")), "vmem exceeded"),
         (changed(GOOD, loops=(loop("attend_many.2", 0.051),)), "attend_many.2 spills in 5.1%"),
+        (Found(DOT, Measured({}, memory=MEMORY, loops=(loop("int8_matmul", 0.082),))), "int8_matmul spills in 8.2%"),
         (changed(GOOD, loops=(loop("fusion", 0.0),)), "no kernel"),
         (changed(GOOD, memory=replace(MEMORY, aliased=PAGES - 1)), "lie in donated arguments"),
         (changed(GOOD, memory=replace(MEMORY, temporaries=Sizes.of(ATTENTION).allowed + 1)), "temporaries of"),
@@ -80,25 +81,6 @@ def test_queries_in_float32_may_be_as_large_as_the_pages_of_a_layer():
     assert complaints(changed(GOOD, copies=(queries,))) == []
     other = replace(queries, shape=f"f32[{num_tokens * num_heads},{width}]")
     assert len(complaints(changed(GOOD, copies=(queries, other)))) == 1
-
-
-
-def test_a_matmul_may_spill_as_much_as_xlas_dot_and_no_more():
-    spilling = Found(DOT, Measured({}, memory=MEMORY, loops=(loop("int8_matmul", 0.52),)))
-    assert len(complaints(spilling)) == 1
-    xla = (loop("fusion.1", 0.99, fill=0.1), loop("dot.2", 0.53, fill=0.9), loop("copy", 0.0))
-    assert complaints(spilling.beside(Measured({}, memory=MEMORY, loops=xla))) == []
-    assert "52.0% (XLA's dot 53.0%)" in table([spilling.beside(Measured({}, memory=MEMORY, loops=xla))])
-    less = replace(xla[1], loop_spilling=0.51)
-    assert len(complaints(spilling.beside(Measured({}, memory=MEMORY, loops=(less,))))) == 1
-
-
-def test_tuned_matmuls_are_held_against_the_same_shape():
-    tuned = next(each for each in programs("v6e") if each.arguments.get("operation") == "int8_matmul")
-    sizes = tuned.arguments["key"]
-    assert jobs.dot_arguments(tuned) == {
-        "num_rows": sizes["rows"], "in_features": sizes["in_features"], "implementation": "xla"}  # fmt: skip
-    assert jobs.dot_arguments(DOT) == DOT.arguments | {"implementation": "xla"}
 
 
 def test_every_tuned_entry_is_compiled():
@@ -175,22 +157,6 @@ def test_a_defect_ends_the_run(monkeypatch):
     with pytest.raises(KeyError, match="defect"):
         jobs.run([first, *[jobs.Job("slow", 1, lambda: begun.append(time.sleep(0.05)), list)] * 100])
     assert len(begun) < 50, "what had not begun is left"
-
-
-def test_only_matmuls_that_spill_are_compiled_by_xla_too(monkeypatch):
-    asked = []
-
-    def measured(operation, programs, where):
-        asked.append([each["implementation"] for each in programs])
-        shares = {"tpu": 0.52, "xla": 0.53} if operation == "int8_matmul" else {"tpu": 0.2}
-        return [Measured(each, memory=MEMORY, loops=(loop("int8_matmul", shares[each["implementation"]], 0.9),))
-                for each in programs]  # fmt: skip
-
-    monkeypatch.setattr(jobs.measure, "measure", measured)
-    (found,) = jobs.compile_kernels([DOT])
-    assert (found.spills, found.xla_spilling, asked) == (True, 0.53, [["tpu"], ["xla"]])
-    (found,) = jobs.compile_kernels([ATTENTION])
-    assert (found.xla_spilling, asked[2:]) == (None, [["tpu"]])
 
 
 def test_an_operation_that_the_tool_does_not_know_is_a_failure_and_not_left_out():

@@ -22,6 +22,7 @@ from pallas_kernels.int8_matmul import (
     quantize_weight,
     reference,
     resolve,
+    tpu,
 )
 from pallas_kernels.int8_matmul.cases import CASES, Int8MatmulCase, layer_of, make_inputs
 from tests.pallas_kernels.interpreters import gpu_interpreter_without_races, tpu_interpreter_without_races
@@ -137,6 +138,21 @@ def test_case(case: Int8MatmulCase, quantize_activations: bool, way: str):
 def test_any_shape_on_tpus(rows, in_features, out_features, quantize_activations, num_layers):
     case = Int8MatmulCase("drawn", (rows,), in_features, out_features, "bfloat16", "float32", num_layers=num_layers)
     assert_right(case, quantize_activations, "tpu", run(case, quantize_activations, "tpu"))
+
+
+@pytest.mark.parametrize("copies", ["on_wait", "eager"])
+@pytest.mark.parametrize(("sum_rows", "sum_columns"), [(32, 128), (64, 384), (32, 0), (256, 256)])
+def test_sums_that_are_made_part_by_part_on_tpus(sum_rows: int, sum_columns: int, copies: str):
+    """Of rows and of D, some of which end in a smaller part; in either kind of block of features."""
+    for case in (Int8MatmulCase("narrow", (90,), 700, 272, "bfloat16", "float32", zero_rows=3),
+                 Int8MatmulCase("beside", (40,), 256, 1100, "bfloat16", "float32")):  # fmt: skip
+        x, values, scale = make_inputs(case)
+        blocks = tpu.Blocks(weight_bytes=256 * 1024, sum_rows=sum_rows, sum_columns=sum_columns)
+        with tpu_interpreter_without_races(copies) as interpret:
+            call = partial(tpu.tiled_matmul, blocks=blocks, quantize_activations=True, out_dtype=jnp.float32,
+                           interpret=interpret)  # fmt: skip
+            result = jax.jit(call)(x, values[None], scale.reshape(1, -1), jnp.zeros((1,), jnp.int32))
+            assert_right(case, True, "tpu", np.asarray(result))
 
 
 @settings(max_examples=8)
