@@ -92,6 +92,10 @@ def structured_output(message: pb.SamplingParams) -> StructuredOutput | None:
 # ---- responses
 
 
+Growing = tuple[pb.GenerateResponse, pb.GenerateStreamChunk]
+"""A message and the chunk in it, which it would take as long to find as to fill."""
+
+
 class Outbox:
     """What waits to be sent, as chunks of one sample each: new tokens join the sample's chunk that waits.
 
@@ -104,17 +108,21 @@ class Outbox:
         self._generation = generation
         self._limit = generation.request.params.logprobs
         self._most_tokens = MAX_TOKENS_PER_MESSAGE // weight_of_token(generation.request.params)
-        self._waiting: dict[int, pb.GenerateResponse] = {}  # the message of each sample that may grow
+        self._waiting: dict[int, Growing] = {}  # of each sample
         self._said = dict.fromkeys(range(generation.request.params.n), 0)
         self._running = set(self._said)
         self._input_logprobs: pb.InputLogProbs | None = None
-        self._refillable: pb.GenerateResponse | None = None
+        self._refillable: Growing | None = None
 
     def add(self, delta: Delta) -> None:
+        """It runs for every token, so what is not there costs nothing."""
         if delta.token_ids:
-            chunk = self._chunk(delta.index)
-            chunk.token_ids.extend(delta.token_ids)
-            chunk.completion_tokens += len(delta.token_ids)
+            if self._refillable is not None and not self.messages and self._input_logprobs is None:
+                chunk = self._refill(self._refillable, delta)
+            else:
+                chunk = self._chunk(delta.index)
+                chunk.token_ids.extend(delta.token_ids)
+                chunk.completion_tokens += len(delta.token_ids)
             if delta.logprobs is not None:
                 fill_output_logprobs(chunk.output_logprobs, delta.token_ids, delta.logprobs, self._limit or 0)
             self._said[delta.index] += len(delta.token_ids)
@@ -132,8 +140,10 @@ class Outbox:
         message = self.messages.popleft()
         if isinstance(message, bytes):
             return pb.GenerateResponse.FromString(message)
-        if message.HasField("chunk"):
-            self._waiting.pop(message.chunk.index, None)
+        for index, (waiting, _) in self._waiting.items():
+            if waiting is message:
+                del self._waiting[index]
+                break
         return message
 
     def abort(self) -> None:
@@ -144,15 +154,14 @@ class Outbox:
     def _chunk(self, index: int) -> pb.GenerateStreamChunk:
         """The sample's chunk that waits, or one more."""
         waiting = self._waiting.get(index)
-        if (waiting is not None and len(waiting.chunk.token_ids) < self._most_tokens
-                and self._input_logprobs is None):  # fmt: skip
-            return waiting.chunk
         if waiting is not None:
-            self._pack(waiting)
-        message = self._emptied() or self._begin(index)
-        self._waiting[index] = message
+            message, chunk = waiting
+            if len(chunk.token_ids) < self._most_tokens and self._input_logprobs is None:
+                return chunk
+            self._pack(message)
+        message, chunk = self._waiting[index] = self._begin(index)
         self.messages.append(message)
-        return message.chunk
+        return chunk
 
     def _pack(self, message: pb.GenerateResponse) -> None:
         """It is one of the newest: each sample has at most one that grows."""
@@ -161,25 +170,25 @@ class Outbox:
                 self.messages[position] = message.SerializeToString()
                 return
 
-    def _emptied(self) -> pb.GenerateResponse | None:
-        """A message to be sent once more, with new ids, in half the time of a new one. It was serialised before it was
-        sent, so nobody reads it any more."""
-        message = self._refillable
-        if message is None or self.messages or self._input_logprobs is not None:
-            return None
-        del message.chunk.token_ids[:]
-        message.chunk.completion_tokens = 0
-        return message
+    def _refill(self, growing: Growing, delta: Delta) -> pb.GenerateStreamChunk:
+        """Sends a message once more, with new ids, in half the time of a new one. It was serialised before it was sent,
+        so nobody reads it any more."""
+        message, chunk = self._waiting[delta.index] = growing
+        chunk.token_ids[:] = delta.token_ids
+        chunk.completion_tokens = len(delta.token_ids)
+        self.messages.append(message)
+        return chunk
 
-    def _begin(self, index: int) -> pb.GenerateResponse:
+    def _begin(self, index: int) -> Growing:
         message = pb.GenerateResponse(chunk=pb.GenerateStreamChunk(
             index=index, prompt_tokens=len(self._generation.request.prompt),
             cached_tokens=self._generation.num_cached_tokens, input_logprobs=self._input_logprobs))
+        growing = message, message.chunk
         # A stream's first message may wait for its headers, unserialised, while more comes.
         if self._said[index] and self._limit is None and len(self._said) == 1 and self._input_logprobs is None:
-            self._refillable = message
+            self._refillable = growing
         self._input_logprobs = None
-        return message
+        return growing
 
     def _complete(self, index: int, finish_reason: str, stop_reason: int | str | None) -> None:
         self._running.discard(index)
