@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ COPIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+REMOVALS, REMOVAL_PAUSE = 20, 0.1
+"""Tries to remove what a failed conversion leaves, and seconds between them."""
 
 type Quantize = Callable[[str, LazyTensor], Mapping[str, np.ndarray] | None]
 
@@ -74,8 +78,17 @@ def convert(
         partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server's own user
         partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
+
+
+def remove(folder: Path) -> None:
+    """Removes it with all that is in it, and what threads of a write that failed still put there meanwhile."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(REMOVAL_PAUSE)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

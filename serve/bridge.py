@@ -62,16 +62,19 @@ class Stream:
         if chunk.error is not None:
             self.fail(chunk.error)  # the other samples with it
         elif chunk.index in self._running:
+            reader, self._reader = self._reader, None  # is told when all is taken in: a consumer may end its sample
             try:
                 fault_point("consume", self.request.id)
                 if self._consume(chunk) and not self._told:
                     self._news = True
             except BaseException as error:  # also a panic of a Rust library: it is this request's problem only
+                self._reader = reader
                 self.fail(error)
                 return
+            self._reader = reader
             if chunk.finish_reason is not None:
                 self._end_sample(chunk.index)
-            if self._news and self._reader is not None:
+            if self._news or not self._running:
                 self._wake()
 
     def wait(self) -> Awaitable[bool]:
