@@ -28,8 +28,8 @@ COPIED_FILES = (
     "chat_template.json",
 )
 
-REMOVALS, REMOVAL_PAUSE = 20, 0.1
-"""Tries to remove what a failed conversion leaves, and seconds between them."""
+LOOK_SECONDS, QUIET_LOOKS, MOST_LOOKS = 0.1, 10, 100
+"""At what a failed conversion leaves: it is removed when it was gone in so many looks one after the other."""
 
 type Quantize = Callable[[str, LazyTensor], Mapping[str, np.ndarray] | None]
 
@@ -83,12 +83,14 @@ def convert(
 
 
 def remove(folder: Path) -> None:
-    """Removes it with all that is in it, and what threads of a write that failed still put there meanwhile."""
-    for _ in range(REMOVALS):
+    """Removes it with all that is in it, and again while threads of a write that failed put it there once more."""
+    looks = 0
+    for _ in range(MOST_LOOKS):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        time.sleep(LOOK_SECONDS)
+        looks = 0 if folder.exists() else looks + 1
+        if looks == QUIET_LOOKS:
             return
-        time.sleep(REMOVAL_PAUSE)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
